@@ -1,0 +1,1 @@
+"""Actor adapters: features to an action sample."""

@@ -1,0 +1,109 @@
+"""A bounded correction added to the pretrained policy's action (Policy Decorator)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from embodied_rl.actors import tanh_normal
+from embodied_rl.config import ActorConfig, BatchRenormConfig
+from embodied_rl.interfaces import ActorAdapter, Backbone
+from embodied_rl.nn import mlp
+from embodied_rl.types import ActionSample, Features
+
+
+class ResidualActor(ActorAdapter):
+    """a = clip(a_base + xi * delta, -1, 1), delta from a tanh Gaussian over (z, a_base).
+
+    While collecting, delta is applied with probability min(1, t / ramp_steps) (Yuan et al. 2024,
+    Policy Decorator, section 4.2). The log-probability is that of delta.
+
+    Args:
+        feature_dim: D.
+        chunk_size: H.
+        action_dim: A.
+        hidden: widths of the network.
+        scale: xi, the largest correction.
+        ramp_steps: environment steps until delta is always applied.
+        initial_std: standard deviation of the first corrections, in action units.
+        renorm: Batch Renormalisation settings; None for none.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        chunk_size: int,
+        action_dim: int,
+        hidden: list[int],
+        scale: float = 0.1,
+        ramp_steps: int = 10_000,
+        initial_std: float = 0.15,
+        renorm: BatchRenormConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self._config: dict[str, Any] = {
+            "feature_dim": feature_dim,
+            "chunk_size": chunk_size,
+            "action_dim": action_dim,
+            "hidden": list(hidden),
+            "scale": scale,
+            "ramp_steps": ramp_steps,
+            "initial_std": initial_std,
+            "renorm": vars(renorm) if renorm is not None else None,
+        }
+        self.scale, self.ramp_steps = scale, ramp_steps
+        size = chunk_size * action_dim
+        self.net = mlp(feature_dim + size, hidden, 2 * size, renorm=renorm)
+        tanh_normal.start_at(self.net, math.log(min(initial_std / scale, 1.0)))
+
+    def forward(self, features: Features) -> ActionSample:
+        """Samples a corrected chunk; the mode is the base action plus the modal correction."""
+        base = features.base_action
+        inputs = torch.cat([features.vector, base.flatten(1)], dim=-1)
+        mean, log_std = tanh_normal.split(self.net(inputs), base.shape)
+        delta, log_prob = tanh_normal.sample(mean, log_std)
+        return ActionSample(
+            (base + self.scale * delta).clamp(-1, 1),
+            log_prob,
+            (base + self.scale * torch.tanh(mean)).clamp(-1, 1),
+        )
+
+    def explore(self, features: Features, env_steps: int) -> ActionSample:
+        """Applies the correction to each environment with probability min(1, t / ramp_steps)."""
+        corrected = self(features)
+        if env_steps >= self.ramp_steps:
+            return corrected
+        base = features.base_action
+        apply = torch.rand(base.shape[0], 1, 1, device=base.device) < env_steps / self.ramp_steps
+        action = torch.where(apply, corrected.action, base)
+        return ActionSample(action, corrected.log_prob, corrected.mode)
+
+    def config_dict(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return dict(self._config)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> ResidualActor:
+        """Rebuilds the module from `config_dict`."""
+        arguments = dict(config)
+        if arguments["renorm"] is not None:
+            arguments["renorm"] = BatchRenormConfig(**arguments["renorm"])
+        return cls(**arguments)
+
+    @classmethod
+    def for_backbone(
+        cls, backbone: Backbone, config: ActorConfig, renorm: BatchRenormConfig | None
+    ) -> ResidualActor:
+        """Builds the actor that starts as the backbone's policy."""
+        return cls(
+            backbone.feature_dim,
+            backbone.chunk_size,
+            backbone.action_dim,
+            config.hidden,
+            scale=config.residual_scale,
+            ramp_steps=config.residual_ramp_steps,
+            initial_std=config.initial_std,
+            renorm=renorm,
+        )

@@ -1,0 +1,1 @@
+"""Backbones: observations to features and a base action."""

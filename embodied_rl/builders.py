@@ -1,0 +1,137 @@
+"""Config to objects: the composition root."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from embodied_rl.config import Config, EnvConfig
+from embodied_rl.demonstrations import check_demos, find_demos, read_demos, with_features
+from embodied_rl.distributed import LocalEngine
+from embodied_rl.errors import UserError
+from embodied_rl.interfaces import QHead, ReplayBuffer, VecEnv
+from embodied_rl.policy import Policy
+from embodied_rl.registry import ACTORS, BACKBONES, ENVS, Q_HEADS
+from embodied_rl.replay.buffer import MixedReplay, TrajectoryReplay
+from embodied_rl.replay.store import TrajectoryStore
+from embodied_rl.sac import SAC
+from embodied_rl.temperature import Temperature
+from embodied_rl.types import EnvSpec, Features, Obs
+
+ENV_KEYS = ("type", "task", "obs_mode", "control_mode", "reward_mode", "max_episode_steps")
+
+
+def build_device(name: str) -> torch.device:
+    """Returns the device that `device=` names.
+
+    Raises:
+        UserError: an unknown name, or a GPU that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device={name!r} is not known. Allowed: auto, cpu, cuda, cuda:N.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device={name}: torch sees {torch.cuda.device_count()} GPUs. Use device=auto, or run "
+            "python -m embodied_rl.doctor."
+        )
+    return device
+
+
+def build_env(config: EnvConfig, num_envs: int, device: torch.device) -> VecEnv:
+    """Builds a vector environment."""
+    return ENVS.get(config.type)(config, num_envs, device)
+
+
+def build_policy(config: Config, spec: EnvSpec, device: torch.device) -> Policy:
+    """Loads the pretrained policy and puts an untrained actor adapter on it.
+
+    Raises:
+        UserError: the policy cannot be loaded or does not fit the environment.
+    """
+    if config.policy.path is None:
+        backbone_type = config.policy.backbone
+        backbone = BACKBONES.get(backbone_type).for_env(spec)
+        actor, actor_type = None, None
+    else:
+        loaded = Policy.from_pretrained(config.policy.path)
+        backbone, backbone_type = loaded.backbone, loaded.backbone_type
+        actor, actor_type = loaded.actor, loaded.actor_type
+    backbone.check_env(spec)
+    backbone.requires_grad_(False)
+    if actor is None:
+        actor_type = config.actor.type
+        renorm = config.critic.batch_renorm if config.actor.batch_renorm else None
+        actor = ACTORS.get(actor_type).for_backbone(backbone, config.actor, renorm)
+    elif actor_type != config.actor.type:
+        raise UserError(
+            f"actor.type={config.actor.type}, but {config.policy.path} was finetuned with a "
+            f"{actor_type} actor. Set actor.type={actor_type}, or start from its pretrained policy."
+        )
+    env = {key: getattr(config.env, key) for key in ENV_KEYS}
+    return Policy(backbone, backbone_type, actor, actor_type, env).to(device)
+
+
+def build_q_head(config: Config, policy: Policy, device: torch.device) -> QHead:
+    """Builds the critics that `algorithm.q_head_type` names."""
+    backbone = policy.backbone
+    size = backbone.chunk_size * backbone.action_dim
+    head = Q_HEADS.get(config.algorithm.q_head_type)
+    return head(backbone.feature_dim, size, config.critic, config.algorithm).to(device)
+
+
+def build_sac(config: Config, policy: Policy, q_head: QHead, device: torch.device) -> SAC:
+    """Builds the learner around a policy's actor."""
+    if policy.actor is None:
+        raise ValueError("the policy has no actor to train")
+    tuning, backbone = config.algorithm.entropy_tuning, policy.backbone
+    target = tuning.target_entropy
+    if target is None:
+        target = -float(backbone.chunk_size * backbone.action_dim)
+    temperature = Temperature(tuning.alpha_type, tuning.initial_alpha, target).to(device)
+    return SAC(policy.actor, q_head, temperature, LocalEngine(), config)
+
+
+def build_encoder(policy: Policy, device: torch.device) -> Callable[[Obs], Features]:
+    """Returns the backbone's forward for raw observations from replay."""
+
+    def encode(obs: Obs) -> Features:
+        return policy.encode({k: v.to(device) for k, v in obs.items()})
+
+    return encode
+
+
+def build_replay(config: Config, policy: Policy, folder: Path, device: torch.device) -> ReplayBuffer:
+    """Builds the online buffer on disk and, where there are any, mixes in demonstrations."""
+    algorithm = config.algorithm
+    encode = build_encoder(policy, device)
+    meta = {}
+    if config.policy.cache_features:
+        meta["fingerprint"] = policy.backbone.fingerprint()
+    store = TrajectoryStore(folder, algorithm.replay_buffer.segment_size, meta)
+    online = TrajectoryReplay(store, algorithm, encode, device, seed=config.seed)
+    path = find_demos(algorithm.demo.path, config.policy.path)
+    if path is None or algorithm.demo.fraction == 0:
+        return online
+    trajectories = read_demos(path)
+    check_demos(path, trajectories, policy)
+    if config.policy.cache_features:
+        trajectories = [with_features(t, encode) for t in trajectories]
+    everything = dataclasses.replace(
+        algorithm.replay_buffer,
+        enable_cache=True,
+        cache_size=len(trajectories),
+        sample_window_size=len(trajectories),
+        min_buffer_size=1,
+    )
+    settings = dataclasses.replace(algorithm, replay_buffer=everything)
+    demos = TrajectoryReplay(None, settings, encode, device, seed=config.seed + 1, is_demo=True)
+    for trajectory in trajectories:
+        demos.add(trajectory)
+    return MixedReplay(online, demos, algorithm.demo.fraction)

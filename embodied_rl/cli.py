@@ -1,0 +1,46 @@
+"""What the command lines share: help, threads, and errors without tracebacks."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from embodied_rl.errors import UserError
+from embodied_rl.load_config import help_text
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def run(command: str, schema: type[Any], main: Callable[[list[str]], int]) -> None:
+    """Runs a command line and exits with its code.
+
+    A `UserError` prints its message and exits with code 2; Ctrl-C exits with 130.
+    """
+    args = sys.argv[1:]
+    if any(a in ("-h", "--help") for a in args):
+        print(help_text(command, schema))
+        sys.exit(0)
+    try:
+        sys.exit(main(args))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def prepare_folder(path: Path, overwrite: bool) -> Path:
+    """Returns an output folder that is empty or may be replaced.
+
+    Raises:
+        UserError: it holds files and `overwrite` is false.
+    """
+    if path.exists() and any(path.iterdir()):
+        if not overwrite:
+            raise UserError(f"out={path} is not empty. Name another folder or set overwrite=true.")
+        shutil.rmtree(path)
+    return path

@@ -1,0 +1,267 @@
+"""The config schema: every key, its default and its meaning.
+
+`load_config.py` merges YAML files and dot-list overrides into it and validates the result.
+Dataclasses are not frozen and use `str` for choices, as OmegaConf needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+# ruff: noqa: UP045 - OmegaConf reads Optional[...] annotations on every Python it supports
+
+
+@dataclass
+class EnvConfig:
+    """Which environment, and how many of it."""
+
+    type: str = "maniskill"  # maniskill | gymnasium | fake
+    task: str = "PickCube-v1"
+    num_envs: int = 4  # parallel training environments
+    obs_mode: str = "state"  # ManiSkill: state | state_dict | rgb | rgbd | ...
+    control_mode: str = "pd_ee_delta_pos"  # ManiSkill only
+    reward_mode: str = "normalized_dense"  # ManiSkill: normalized_dense | dense | sparse
+    sim_backend: str = "physx_cpu"  # ManiSkill: physx_cpu (one process per env) | physx_cuda
+    max_episode_steps: Optional[int] = None  # null: the task's own limit
+    ignore_terminations: bool = True  # ManiSkill: reaching success does not end an episode
+    render_size: int = 256  # pixels, side of a video frame
+    kwargs: dict[str, Any] = field(default_factory=dict)  # passed on to the simulator
+
+
+@dataclass
+class PolicyConfig:
+    """The pretrained policy that finetuning starts from."""
+
+    # a policy folder, a run folder, a shipped policy's name, or null: start from scratch
+    path: Optional[str] = "pickcube_state_bc"
+    backbone: str = "state"  # backbone built when path is null
+    cache_features: bool = True  # store features in replay; false: encode each sampled batch
+
+
+@dataclass
+class BatchRenormConfig:
+    """Batch Renormalisation (Ioffe 2017) as CrossQ uses it."""
+
+    momentum: float = 0.99  # running <- momentum * running + (1 - momentum) * batch
+    eps: float = 1e-3
+    r_max: float = 3.0
+    d_max: float = 5.0
+    warmup_steps: int = 100_000  # training-mode forwards with r = 1, d = 0
+
+
+@dataclass
+class OptimConfig:
+    """One module's optimiser."""
+
+    lr: float = 3e-4
+    lr_scheduler: str = "torch_constant"  # torch_constant | linear | cosine
+    final_lr: float = 0.0  # where linear and cosine end
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 0.0
+    clip_grad: Optional[float] = None  # gradient norm bound; null: none
+
+
+@dataclass
+class CriticConfig:
+    """The Q ensemble."""
+
+    num_critics: int = 2
+    hidden: list[int] = field(default_factory=lambda: [256, 256])
+    batch_renorm: BatchRenormConfig = field(default_factory=BatchRenormConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3))
+
+
+@dataclass
+class ActorConfig:
+    """The actor adapter on top of the pretrained policy."""
+
+    type: str = "gaussian"  # gaussian | residual
+    hidden: list[int] = field(default_factory=lambda: [256, 256])
+    initial_std: float = 0.15  # exploration noise before any learning, in action units
+    batch_renorm: bool = False  # Batch Renormalisation in the actor's hidden layers too
+    residual_scale: float = 0.1  # residual only: xi in a = clip(a_base + xi * delta)
+    residual_ramp_steps: int = 10_000  # residual only: delta applied with probability min(1, t/ramp)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
+
+
+@dataclass
+class AnchorConfig:
+    """Keeps the actor near the pretrained policy: lambda * |a_mode - a_base|^2."""
+
+    weight: float = 1.0  # lambda at the start; 0 switches the anchor off
+    final_weight: float = 0.0
+    decay_steps: int = 60_000  # environment steps from weight to final_weight, linearly
+    q_filter: bool = True  # only where the critic scores the base action higher
+
+
+@dataclass
+class DemoConfig:
+    """Demonstrations mixed into every batch (RLPD)."""
+
+    # a demonstration folder or ManiSkill .h5; null: the ones beside the policy, if any
+    path: Optional[str] = None
+    fraction: float = 0.25  # share of each batch; 0 switches demonstrations off
+
+
+@dataclass
+class TemperatureOptimConfig:
+    """The temperature's optimiser."""
+
+    lr: float = 3.0e-4
+    lr_scheduler: str = "torch_constant"
+    final_lr: float = 0.0
+    clip_grad: Optional[float] = 10.0
+
+
+@dataclass
+class EntropyTuningConfig:
+    """The temperature alpha."""
+
+    alpha_type: str = "softplus"  # softplus | exp | fixed_alpha
+    initial_alpha: float = 0.005
+    target_entropy: Optional[float] = None  # null: -(action_dim * chunk length)
+    optim: TemperatureOptimConfig = field(default_factory=TemperatureOptimConfig)
+
+
+@dataclass
+class ReplayBufferConfig:
+    """The trajectory replay buffer."""
+
+    enable_cache: bool = True  # keep trajectories in memory; false: read each batch from disk
+    cache_size: int = 6000  # trajectories held in memory
+    sample_window_size: int = 6000  # newest trajectories to sample from
+    min_buffer_size: int = 2  # trajectories before training starts
+    segment_size: int = 64  # trajectories per file on disk
+
+
+@dataclass
+class AlgorithmConfig:
+    """Soft actor-critic and everything that keeps the pretrained policy alive."""
+
+    q_head_type: str = "crossq"  # crossq | default (SAC)
+    adv_type: str = "embodied_sac"
+    loss_type: str = "embodied_sac"
+    loss_agg_func: str = "token-mean"
+    group_size: int = 1
+    update_epoch: int = 32  # gradient updates per iteration of num_envs * rollout.steps env steps
+    batch_size: int = 256
+    gamma: float = 0.8
+    n_step: int = 1  # decisions per return
+    agg_q: str = "min"  # min | mean, in the TD target
+    actor_agg_q: Optional[str] = None  # min | mean, in the actor loss; null: agg_q
+    bootstrap_type: str = "standard"  # standard: not after terminations | always
+    backup_entropy: bool = True  # entropy term in the TD target
+    policy_delay: int = 2  # critic updates per actor update
+    tau: float = 0.01  # default head: Polyak coefficient of the target network
+    target_update_freq: int = 1  # default head: critic updates per Polyak step
+    critic_warmup_steps: int = 4_000  # env steps in which only the critic learns
+    anchor: AnchorConfig = field(default_factory=AnchorConfig)
+    demo: DemoConfig = field(default_factory=DemoConfig)
+    entropy_tuning: EntropyTuningConfig = field(default_factory=EntropyTuningConfig)
+    replay_buffer: ReplayBufferConfig = field(default_factory=ReplayBufferConfig)
+
+
+@dataclass
+class RolloutConfig:
+    """How experience is collected."""
+
+    steps: int = 8  # steps of every environment per iteration
+    random_steps: int = 0  # first env steps with uniform random actions (from-scratch runs)
+    max_trajectory_steps: int = 200  # longer episodes enter replay in pieces of this many decisions
+    execute_steps: Optional[int] = None  # actions executed of each chunk; null: all
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation on fixed seeds that training never sees."""
+
+    interval: int = 5_000  # env steps between evaluations; 0: only at the end
+    episodes: int = 100
+    num_envs: int = 4
+    seed: int = 0  # first seed of the learning curve's episodes
+    final_seed: int = 10_000  # first seed of the closing before/after comparison
+    metric: str = "success_once"  # success_once | success_at_end | return: the score of "best"
+    video: bool = True  # MP4 of the first and the last evaluation
+    video_episodes: int = 4
+
+
+@dataclass
+class TrainConfig:
+    """Length of a run and what it leaves behind."""
+
+    total_steps: int = 40_000  # environment steps
+    stop_at: Optional[float] = None  # end early once an evaluation's metric reaches this
+    checkpoint_interval: int = 2_500  # env steps between checkpoints
+    keep_checkpoints: int = 2  # newest checkpoints kept besides the best
+    log_interval: int = 500  # env steps between metric records
+    threads: int = 1  # torch threads; the other cores step the environments
+
+
+@dataclass
+class Config:
+    """Everything `python -m embodied_rl.train` reads."""
+
+    seed: int = 0
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    run_dir: Optional[str] = None  # null: runs/<task>_<head>_s<seed>_<time>
+    resume: Optional[str] = None  # a run folder to continue
+    env: EnvConfig = field(default_factory=EnvConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass
+class EvaluateConfig:
+    """Everything `python -m embodied_rl.evaluate` reads."""
+
+    policy: Optional[str] = "pickcube_state_bc"  # checkpoint, run or policy folder, shipped name
+    seed: int = 0
+    device: str = "auto"
+    out: Optional[str] = None  # folder for video and scores; null: evaluations/<policy>_<time>
+    deterministic: bool = True
+    env: EnvConfig = field(default_factory=EnvConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    threads: int = 1
+
+
+@dataclass
+class PretrainConfig:
+    """Everything `python -m embodied_rl.pretrain` reads."""
+
+    data: Optional[str] = None  # demonstration folder or ManiSkill .h5 file
+    out: str = "policies/bc"  # where the policy folder is written
+    backbone: str = "state"
+    hidden: list[int] = field(default_factory=lambda: [256, 256, 256])
+    chunk_size: int = 1  # actions per decision
+    max_trajectories: Optional[int] = None  # use only the first ones
+    validation_fraction: float = 0.1  # share of trajectories held out
+    steps: int = 2_000  # gradient steps
+    batch_size: int = 256
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(lr=1e-3, lr_scheduler="cosine", weight_decay=1e-4)
+    )
+    seed: int = 0
+    device: str = "auto"
+    overwrite: bool = False
+    threads: int = 1
+    env: EnvConfig = field(default_factory=EnvConfig)
+    eval: EvalConfig = field(default_factory=lambda: EvalConfig(episodes=200))
+
+
+@dataclass
+class DemosConfig:
+    """Everything `python -m embodied_rl.demos` reads."""
+
+    out: str = "demos"  # where the demonstration folder is written
+    episodes: int = 40  # successful episodes to keep
+    noise: float = 0.0  # std of Gaussian noise added to the expert's actions
+    max_steps_multiple: int = 20  # give up after this many attempts per kept episode
+    seed: int = 1_000_000
+    overwrite: bool = False
+    env: EnvConfig = field(default_factory=EnvConfig)

@@ -1,0 +1,120 @@
+"""Demonstrations for pretraining and for the batch: our folders and ManiSkill's .h5 files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+
+from embodied_rl.errors import UserError
+from embodied_rl.policy import Policy, find_policy
+from embodied_rl.replay.store import META, read_all
+from embodied_rl.types import Features, Obs, Trajectory
+
+DEMOS = "demos"  # folder beside a policy's weights
+
+
+def find_demos(path: str | None, policy: str | None) -> Path | None:
+    """Returns the demonstrations to use: `path`, else those that ship beside the policy, if any."""
+    if path is not None:
+        return Path(path)
+    if policy is None:
+        return None
+    beside = find_policy(policy) / DEMOS
+    return beside if (beside / META).is_file() else None
+
+
+def read_demos(path: Path) -> list[Trajectory]:
+    """Reads a demonstration folder or a ManiSkill `.h5` file.
+
+    Raises:
+        UserError: nothing there, or not a format we read.
+    """
+    if path.is_dir():
+        trajectories = read_all(path)
+    elif path.suffix == ".h5":
+        trajectories = _read_maniskill(path)
+    else:
+        what = "is neither a folder nor a .h5 file" if path.exists() else "does not exist"
+        raise UserError(
+            f"demonstrations {path}: it {what}. Collect some: python -m embodied_rl.demos out={path}"
+        )
+    if not trajectories:
+        raise UserError(f"demonstrations {path}: no trajectory in it.")
+    return trajectories
+
+
+def _read_maniskill(path: Path) -> list[Trajectory]:
+    """ManiSkill's recorded trajectories with state observations (replayed with `-o state`)."""
+    trajectories = []
+    try:
+        with h5py.File(path) as file:
+            names = sorted(file, key=lambda n: int(n.rpartition("_")[2]))
+            for name in names:
+                group = file[name]
+                obs = group["obs"]
+                if not isinstance(obs, h5py.Dataset):
+                    raise UserError(
+                        f"{path}: {name} has dictionary observations; replay it with flat ones: "
+                        "python -m mani_skill.trajectory.replay_trajectory --traj-path "
+                        f"{path} -o state --save-traj"
+                    )
+                trajectories.append(_trajectory(group, obs))
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{path} is not a ManiSkill trajectory file with state observations and rewards "
+            f"({error}). Make one: python -m mani_skill.trajectory.replay_trajectory --traj-path "
+            f"{path} -o state --record-rewards True --save-traj"
+        ) from None
+    return trajectories
+
+
+def _trajectory(group: h5py.Group, obs: h5py.Dataset) -> Trajectory:
+    def rows(name: str, dtype: type) -> torch.Tensor:
+        values = np.asarray(group[name], dtype)
+        return torch.from_numpy(np.concatenate([values, np.zeros_like(values[:1])]))
+
+    action = rows("actions", np.float32)
+    end = torch.zeros(len(action), dtype=torch.bool)
+    # whether the recording stopped at its time limit or at success, the task goes on from there
+    return Trajectory(
+        {
+            "obs.state": torch.from_numpy(np.asarray(obs, np.float32)),
+            "action": action[:, None],
+            "reward": rows("rewards", np.float32)[:, None],
+            "steps": torch.ones(len(action), dtype=torch.int64),
+            "terminated": end,
+            "truncated": end.clone(),
+            "success": rows("success", np.bool_),
+        }
+    )
+
+
+def check_demos(path: Path, trajectories: list[Trajectory], policy: Policy) -> None:
+    """Raises UserError where demonstrations and policy disagree on sizes."""
+    backbone = policy.backbone
+    wanted = (backbone.chunk_size, backbone.action_dim)
+    found = tuple(trajectories[0].fields["action"].shape[1:])
+    if found != wanted:
+        raise UserError(
+            f"the actions in {path} are [chunk, size] = {list(found)}, the policy's are "
+            f"{list(wanted)}. Set algorithm.demo.path to demonstrations of this task and control "
+            "mode, or algorithm.demo.fraction=0."
+        )
+
+
+def with_features(trajectory: Trajectory, encode: Callable[[Obs], Features]) -> Trajectory:
+    """Adds the backbone's features of every observation."""
+    fields = dict(trajectory.fields)
+    obs = {k.removeprefix("obs."): v for k, v in fields.items() if k.startswith("obs.")}
+    features = encode(obs)
+    return Trajectory(
+        {
+            **fields,
+            "features.vector": features.vector.cpu(),
+            "features.base_action": features.base_action.cpu(),
+        }
+    )

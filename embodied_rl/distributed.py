@@ -1,0 +1,87 @@
+"""Update engines: how a loss becomes an optimiser step, on one process or many.
+
+The only module that may import accelerate, deepspeed or torch.distributed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from embodied_rl.interfaces import Trainable, UpdateEngine
+from embodied_rl.schedules import learning_rate
+
+
+class LocalTrainable(Trainable):
+    """Parameters and their Adam optimiser on this process."""
+
+    def __init__(self, name: str, parameters: Iterable[nn.Parameter], config: Any) -> None:
+        self.name = name
+        self.parameters = list(parameters)
+        self.config = config
+        options: dict[str, Any] = {}
+        # the temperature has neither betas nor weight decay of its own
+        if hasattr(config, "betas"):
+            options = {"betas": tuple(config.betas), "weight_decay": config.weight_decay}
+        decays = options.get("weight_decay", 0.0) > 0
+        kind = torch.optim.AdamW if decays else torch.optim.Adam
+        self.optimizer = kind(self.parameters, lr=config.lr, fused=True, **options)
+
+    def set_progress(self, progress: float) -> None:
+        """Sets the learning rate for the share of the run that is over."""
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config.lr_scheduler, config.lr, config.final_lr, progress)
+
+
+class LocalEngine(UpdateEngine):
+    """One process, no averaging."""
+
+    def __init__(self) -> None:
+        self._trainables: dict[str, LocalTrainable] = {}
+
+    def attach(
+        self, name: str, parameters: Iterable[nn.Parameter], config: Any
+    ) -> LocalTrainable:
+        """Builds an Adam optimiser over `parameters`."""
+        if name in self._trainables:
+            raise ValueError(f"{name!r} is attached already")
+        self._trainables[name] = LocalTrainable(name, parameters, config)
+        return self._trainables[name]
+
+    def step(self, trainable: Trainable, loss: Tensor) -> Tensor:
+        """Backward into this trainable's own parameters only, clip, step."""
+        assert isinstance(trainable, LocalTrainable)
+        gradients = torch.autograd.grad(loss, trainable.parameters)
+        for parameter, gradient in zip(trainable.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if trainable.config.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(trainable.parameters, trainable.config.clip_grad, norm)
+        trainable.optimizer.step()
+        return norm
+
+    def set_progress(self, progress: float) -> None:
+        """Moves every learning-rate schedule to the share of the run that is over."""
+        for trainable in self._trainables.values():
+            trainable.set_progress(progress)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimiser moments, per trainable and parameter position."""
+        return {name: t.optimizer.state_dict()["state"] for name, t in self._trainables.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores optimiser moments.
+
+        Raises:
+            ValueError: the saved trainables are not the attached ones.
+        """
+        if set(state) != set(self._trainables):
+            raise ValueError(f"saved {sorted(state)}, attached {sorted(self._trainables)}")
+        for name, trainable in self._trainables.items():
+            groups = trainable.optimizer.state_dict()["param_groups"]
+            moments = {int(position): entry for position, entry in state[name].items()}
+            trainable.optimizer.load_state_dict({"state": moments, "param_groups": groups})

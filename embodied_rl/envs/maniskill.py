@@ -1,0 +1,140 @@
+"""ManiSkill tasks: CPU simulation in worker processes. The only importer of `mani_skill`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import gymnasium as gym
+import mani_skill.envs  # noqa: F401 - registers the tasks
+import numpy as np
+import torch
+from mani_skill import logger
+from mani_skill.utils import assets
+from mani_skill.utils.registration import REGISTERED_ENVS
+
+from embodied_rl.config import EnvConfig
+from embodied_rl.envs.worker import WorkerVecEnv
+from embodied_rl.errors import UserError, nearest
+from embodied_rl.interfaces import VecEnv
+from embodied_rl.types import ArraySpec, EnvSpec
+from embodied_rl.vulkan import check_render
+
+
+def make_maniskill(config: EnvConfig, num_envs: int, device: torch.device) -> VecEnv:
+    """Builds `num_envs` environments of a ManiSkill task.
+
+    Raises:
+        UserError: an unknown task or mode, missing assets, or no usable Vulkan driver.
+    """
+    del device
+    if config.sim_backend != "physx_cpu":
+        raise UserError(
+            f"env.sim_backend={config.sim_backend!r} is not supported. Allowed: physx_cpu."
+        )
+    return WorkerVecEnv(ManiSkillEnv, (config,), num_envs, preload=(__name__,))
+
+
+class ManiSkillEnv:
+    """One ManiSkill task on the CPU, flat in numpy.
+
+    Observation keys: `state` for obs_mode=state; otherwise the leaves of ManiSkill's nested
+    dictionary under dotted names.
+    """
+
+    def __init__(self, config: EnvConfig) -> None:
+        logger.setLevel(logging.ERROR)  # its warnings on absent GPUs repeat in every worker
+        if config.task not in REGISTERED_ENVS:
+            raise UserError(
+                f"env.task={config.task!r} is not a ManiSkill task."
+                f"{nearest(config.task, REGISTERED_ENVS)} Tasks: "
+                f"{', '.join(sorted(REGISTERED_ENVS))}."
+            )
+        missing = _missing_assets(config.task)
+        if missing:
+            raise UserError(
+                f"env.task={config.task} needs the assets {', '.join(missing)}, which are not on "
+                "this machine. Fetch them: python -m mani_skill.utils.download_asset "
+                f"{config.task} -y"
+            )
+        self._name = config.task
+        self._ignore_terminations = config.ignore_terminations
+        size = {"width": config.render_size, "height": config.render_size}
+        arguments: dict[str, Any] = {
+            "num_envs": 1,
+            "obs_mode": config.obs_mode,
+            "control_mode": config.control_mode,
+            "reward_mode": config.reward_mode,
+            "sim_backend": config.sim_backend,
+            "render_mode": "rgb_array",
+            "human_render_camera_configs": size,
+            **config.kwargs,
+        }
+        if config.max_episode_steps is not None:
+            arguments["max_episode_steps"] = config.max_episode_steps
+        try:
+            self._env = gym.make(config.task, **arguments)
+            obs, _ = self._env.reset(seed=0)
+        except RuntimeError as error:
+            status = check_render()
+            if not status.ok:
+                raise UserError(f"ManiSkill cannot start: {status.detail} {status.cure}") from None
+            raise UserError(f"ManiSkill cannot build {config.task}: {error}") from None
+        except (AssertionError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+            raise UserError(
+                f"ManiSkill refuses env.task={config.task} with obs_mode={config.obs_mode}, "
+                f"control_mode={config.control_mode}, reward_mode={config.reward_mode}, "
+                f"kwargs={config.kwargs}: {type(error).__name__}: {error}"
+            ) from None
+        self.spec = EnvSpec(
+            obs={k: ArraySpec(v.shape, torch.from_numpy(v).dtype) for k, v in _flat(obs).items()},
+            action_dim=int(np.prod(self._env.action_space.shape)),  # type: ignore[arg-type]
+            max_episode_steps=config.max_episode_steps or self._time_limit(),
+            name=config.task,
+        )
+
+    def _time_limit(self) -> int:
+        limit = REGISTERED_ENVS[self._name].max_episode_steps
+        if limit is None:
+            raise UserError(f"{self._name} has no time limit of its own: set env.max_episode_steps.")
+        return int(limit)
+
+    def reset(self, seed: int) -> dict[str, np.ndarray]:
+        """Starts the episode that `seed` determines."""
+        return _flat(self._env.reset(seed=seed)[0])
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, bool]:
+        """Steps the simulator."""
+        obs, reward, terminated, truncated, info = self._env.step(action)
+        success = bool(info["success"]) if "success" in info else False
+        ended = bool(terminated) and not self._ignore_terminations
+        return _flat(obs), float(reward), ended, bool(truncated), success
+
+    def render(self) -> np.ndarray:
+        """Returns the human-view camera's frame."""
+        frame = self._env.render()
+        return np.asarray(frame[0].cpu().numpy(), np.uint8)  # type: ignore[index]
+
+    def close(self) -> None:
+        """Frees the simulator."""
+        self._env.close()
+
+
+def _missing_assets(task: str) -> list[str]:
+    """Asset ids that the task needs and this machine lacks; ManiSkill itself would prompt."""
+    ids: list[str] = []
+    for asset in REGISTERED_ENVS[task].asset_download_ids or []:
+        grouped = asset in assets.DATA_GROUPS
+        ids += assets.expand_data_group_into_individual_data_source_ids(asset) if grouped else [asset]
+    return [i for i in ids if not assets.is_data_source_downloaded(i)]
+
+
+def _flat(obs: Any, prefix: str = "") -> dict[str, np.ndarray]:
+    """Nested observations with a leading axis of 1 to flat numpy arrays."""
+    if isinstance(obs, dict):
+        out: dict[str, np.ndarray] = {}
+        for key, value in obs.items():
+            out.update(_flat(value, f"{prefix}.{key}" if prefix else key))
+        return out
+    array = obs.cpu().numpy() if isinstance(obs, torch.Tensor) else np.asarray(obs)
+    return {prefix or "state": array[0]}

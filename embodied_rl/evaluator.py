@@ -1,0 +1,110 @@
+"""Scores a policy on fixed seeds, and films it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+
+from embodied_rl.interfaces import VecEnv
+from embodied_rl.policy import Policy
+from embodied_rl.types import EpisodeStats
+
+FPS = 20
+
+
+@dataclass
+class Evaluation:
+    """The episodes of one evaluation, in the order of their seeds."""
+
+    stats: EpisodeStats
+    summary: dict[str, float]
+
+
+class Evaluator:
+    """Runs the policy from seeds `first_seed`, `first_seed` + 1, ... to the end of each episode.
+
+    Args:
+        env: evaluation environments, apart from the training ones.
+        episodes: episodes per evaluation.
+        device: where the policy runs.
+        execute: actions executed of each chunk; None for all.
+    """
+
+    def __init__(
+        self, env: VecEnv, episodes: int, device: torch.device, execute: int | None = None
+    ) -> None:
+        self.env, self.episodes, self.device, self.execute = env, episodes, device, execute
+
+    @torch.no_grad()
+    def run(
+        self,
+        policy: Policy,
+        first_seed: int,
+        *,
+        deterministic: bool = True,
+        video: Path | None = None,
+        video_episodes: int = 4,
+    ) -> Evaluation:
+        """Evaluates; environment i runs episodes i, i + N, i + 2N, ...
+
+        Args:
+            policy: acts.
+            first_seed: seed of the first episode.
+            deterministic: act with the mode.
+            video: MP4 to write the first `video_episodes` episodes to.
+            video_episodes: how many of them.
+        """
+        n = self.env.num_envs
+        chunk = policy.backbone.chunk_size
+        execute = min(self.execute or chunk, chunk)
+        results: dict[int, tuple[float, bool, bool, int]] = {}
+        episode = list(range(n))  # the episode that each environment is in
+        obs = self.env.reset([first_seed + e for e in episode])
+        plans: list[list[torch.Tensor]] = [[] for _ in range(n)]
+        totals, onces, lengths = [0.0] * n, [False] * n, [0] * n
+        frames: dict[int, list[np.ndarray]] = {}
+        while len(results) < self.episodes:
+            deciding = [i for i in range(n) if not plans[i]]
+            if deciding:
+                part = {k: v[deciding].to(self.device) for k, v in obs.items()}
+                actions = policy.act(part, deterministic=deterministic).cpu()
+                for j, i in enumerate(deciding):
+                    plans[i] = list(actions[j, :execute])
+            if video is not None and any(e < video_episodes for e in episode):
+                pictures = self.env.render()
+                for i, e in enumerate(episode):
+                    if e < video_episodes:
+                        frames.setdefault(e, []).append(pictures[i])
+            actions = torch.stack([p.pop(0) for p in plans])
+            self.env.send(actions, [first_seed + e + n for e in episode])
+            result = self.env.recv()
+            obs = result.obs
+            for i in range(n):
+                totals[i] += float(result.reward[i])
+                onces[i] |= bool(result.success[i])
+                lengths[i] += 1
+                if result.terminated[i] or result.truncated[i]:
+                    if episode[i] < self.episodes:
+                        done = (totals[i], onces[i], bool(result.success[i]), lengths[i])
+                        results[episode[i]] = done
+                    episode[i] += n
+                    totals[i], onces[i], lengths[i], plans[i] = 0.0, False, 0, []
+        stats = EpisodeStats()
+        for e in range(self.episodes):
+            stats.add(*results[e])
+        if video is not None:
+            write_video(video, [frames[e] for e in sorted(frames)])
+        return Evaluation(stats, stats.summary())
+
+
+def write_video(path: Path, episodes: list[list[np.ndarray]]) -> None:
+    """Writes episodes side by side as an MP4; shorter ones hold their last frame."""
+    length = max(len(e) for e in episodes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with imageio.get_writer(path, fps=FPS, codec="libx264", macro_block_size=2) as writer:
+        for t in range(length):
+            writer.append_data(np.concatenate([e[min(t, len(e) - 1)] for e in episodes], axis=1))

@@ -1,0 +1,139 @@
+"""What a run shows and leaves behind: progress bar, TensorBoard, metrics.jsonl, curve."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+RECORDS = "metrics.jsonl"
+
+
+class Means:
+    """Running means of scalars by name; tensors are read only when asked for."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[Tensor | float]] = defaultdict(list)
+
+    def add(self, values: dict[str, Tensor] | dict[str, float]) -> None:
+        """Adds one value per name."""
+        for name, value in values.items():
+            self._values[name].append(value)
+
+    def pop(self) -> dict[str, float]:
+        """Returns the means and forgets the values."""
+        means = {name: sum(float(v) for v in vs) / len(vs) for name, vs in self._values.items()}
+        self._values.clear()
+        return means
+
+
+class Logger:
+    """Writes scalars to TensorBoard and `metrics.jsonl`, and keeps the progress bar.
+
+    Args:
+        folder: the run folder.
+        total_steps: environment steps of the whole run.
+        start_step: records beyond this step are dropped (a resume goes back to its checkpoint).
+    """
+
+    def __init__(self, folder: Path, total_steps: int, start_step: int = 0) -> None:
+        self._path = folder / RECORDS
+        _drop_later_records(self._path, start_step)
+        purge = start_step + 1 if start_step else None
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        self._bar = tqdm(
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            dynamic_ncols=True,
+            file=sys.stderr,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+            smoothing=0.05,
+        )
+        self._shown: dict[str, str] = {}
+        self._opened = time.monotonic()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Records scalars at an environment step."""
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def show(self, step: int, **values: str) -> None:
+        """Moves the bar to `step` and updates the figures beside it."""
+        self._shown |= values
+        self._bar.set_postfix(self._shown, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def say(self, message: str) -> None:
+        """Prints a line without tearing the bar."""
+        self._bar.write(message, file=sys.stdout)
+        sys.stdout.flush()
+
+    def sync(self) -> None:
+        """Forces what was recorded to disk."""
+        self._board.flush()
+        if self._path.exists():
+            with self._path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """Ends the bar and the writers."""
+        self._bar.close()
+        self._board.close()
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Reads `metrics.jsonl`; a line cut off by a crash is left out."""
+    records: list[dict[str, Any]] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+    return records
+
+
+def plot_curve(folder: Path, title: str) -> Path:
+    """Draws success over environment steps as `learning_curve.png`; returns its path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    records = [r for r in read_records(folder / RECORDS) if "eval/success_once" in r]
+    steps = [r["step"] for r in records]
+    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, label in (("success_once", "success once"), ("success_at_end", "success at end")):
+        values = [100 * r[f"eval/{name}"] for r in records]
+        axis.plot(steps, values, marker="o", label=label)
+    if records:
+        axis.axhline(
+            100 * records[0]["eval/success_once"], ls="--", c="grey", label="pretrained policy"
+        )
+    axis.set(xlabel="environment steps", ylabel="success rate, %", ylim=(-2, 102), title=title)
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower right")
+    path = folder / "learning_curve.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def _drop_later_records(path: Path, step: int) -> None:
+    kept = [r for r in read_records(path) if r["step"] <= step]
+    if not path.exists():
+        return
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+    temporary.replace(path)

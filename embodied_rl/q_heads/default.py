@@ -1,0 +1,71 @@
+"""SAC's critic: an online ensemble and its Polyak-averaged target."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from embodied_rl.config import AlgorithmConfig, CriticConfig
+from embodied_rl.interfaces import QHead
+from embodied_rl.nn import CriticEnsemble
+
+
+class DefaultQHead(QHead):
+    """The critic of SAC (Haarnoja et al. 2018, equations 5 and 6).
+
+    Args:
+        feature_dim: D.
+        action_size: H * A.
+        critic: widths and number of critics.
+        algorithm: `tau`, the weight of the online parameters in each Polyak step, and
+            `target_update_freq`, critic updates per Polyak step.
+    """
+
+    unused_keys = (
+        "critic.batch_renorm.momentum",
+        "critic.batch_renorm.eps",
+        "critic.batch_renorm.r_max",
+        "critic.batch_renorm.d_max",
+        "critic.batch_renorm.warmup_steps",
+    )
+    updates: Tensor
+
+    def __init__(
+        self, feature_dim: int, action_size: int, critic: CriticConfig, algorithm: AlgorithmConfig
+    ) -> None:
+        super().__init__(feature_dim, action_size, critic, algorithm)
+        self.tau = algorithm.tau
+        self.target_update_freq = algorithm.target_update_freq
+        self.critics = CriticEnsemble(feature_dim, action_size, critic.hidden, critic.num_critics)
+        self.target = copy.deepcopy(self.critics).requires_grad_(False)
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    def td_pair(
+        self, x: Tensor, action: Tensor, next_x: Tensor, next_action: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The online ensemble on the pair, the target ensemble on the next pair."""
+        with torch.no_grad():
+            next_q = self.target(next_x, next_action)
+        return self.critics(x, action), next_q
+
+    def score(self, x: Tensor, action: Tensor) -> Tensor:
+        """Q [K, B] of the online ensemble."""
+        return self.critics(x, action)
+
+    def critic_parameters(self) -> Iterable[nn.Parameter]:
+        """The online ensemble's parameters."""
+        return self.critics.parameters()
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """target <- (1 - tau) * target + tau * online, every `target_update_freq` updates."""
+        self.updates += 1
+        if int(self.updates) % self.target_update_freq:
+            return
+        for target, online in zip(
+            self.target.parameters(), self.critics.parameters(), strict=True
+        ):
+            target.lerp_(online, self.tau)

@@ -1,0 +1,82 @@
+"""Closed tables from a name in YAML to a class, imported on first use.
+
+Adding a Q head, backbone, actor or environment is one file and one line here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from embodied_rl.errors import UserError, nearest
+
+
+class Registry:
+    """A closed table of names to `"module:Class"` paths.
+
+    Args:
+        kind: what the entries are, for error messages ("Q head").
+        key: the config key that selects an entry ("algorithm.q_head_type").
+        table: name to `"module:Class"`.
+    """
+
+    def __init__(self, kind: str, key: str, table: dict[str, str]) -> None:
+        self.kind = kind
+        self.key = key
+        self._table = table
+
+    @property
+    def names(self) -> list[str]:
+        """The registered names, in table order."""
+        return list(self._table)
+
+    def get(self, name: str) -> Any:
+        """Returns the class registered under `name`.
+
+        Raises:
+            UserError: the name is not in the table; lists the choices.
+        """
+        if name not in self._table:
+            raise UserError(
+                f"{self.key}={name!r} is not a known {self.kind}. "
+                f"Allowed: {', '.join(self.names)}.{nearest(str(name), self.names)}"
+            )
+        module, _, attribute = self._table[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+Q_HEADS = Registry(
+    "Q head",
+    "algorithm.q_head_type",
+    {
+        "default": "embodied_rl.q_heads.default:DefaultQHead",
+        "crossq": "embodied_rl.q_heads.crossq:CrossQHead",
+    },
+)
+BACKBONES = Registry(
+    "backbone",
+    "policy type",
+    {"state": "embodied_rl.backbones.state:StateBackbone"},
+)
+ACTORS = Registry(
+    "actor adapter",
+    "actor.type",
+    {
+        "gaussian": "embodied_rl.actors.gaussian:GaussianActor",
+        "residual": "embodied_rl.actors.residual:ResidualActor",
+    },
+)
+ENVS = Registry(
+    "environment type",
+    "env.type",
+    {
+        "maniskill": "embodied_rl.envs.maniskill:make_maniskill",
+        "gymnasium": "embodied_rl.envs.gymnasium:make_gymnasium",
+        "fake": "embodied_rl.envs.fake:make_fake",
+    },
+)
+EXPERTS = Registry(
+    "scripted expert",
+    "env.task",
+    {"PickCube-v1": "embodied_rl.envs.experts:PickCubeExpert"},
+)

@@ -1,0 +1,1 @@
+"""Trajectory replay: a disk store, a memory cache and a sampler."""

@@ -1,0 +1,154 @@
+"""Critic, actor and temperature losses and the order of their updates, for either Q head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embodied_rl.config import AlgorithmConfig, Config
+from embodied_rl.interfaces import ActorAdapter, QHead, UpdateEngine
+from embodied_rl.schedules import linear
+from embodied_rl.temperature import Temperature
+from embodied_rl.types import Batch
+
+
+def aggregate(q: Tensor, how: str) -> Tensor:
+    """Reduces Q [K, B] over the critics to [B]."""
+    return q.min(0).values if how == "min" else q.mean(0)
+
+
+class SAC:
+    """Soft actor-critic with delayed policy updates and an anchor to the pretrained policy.
+
+    Args:
+        actor: the trainable policy.
+        q_head: critics and their bootstrap.
+        temperature: entropy coefficient.
+        engine: takes the optimiser steps.
+        config: the run's config.
+    """
+
+    def __init__(
+        self,
+        actor: ActorAdapter,
+        q_head: QHead,
+        temperature: Temperature,
+        engine: UpdateEngine,
+        config: Config,
+    ) -> None:
+        self.config: AlgorithmConfig = config.algorithm
+        self.actor, self.q_head, self.temperature = actor, q_head, temperature
+        self.engine = engine
+        self.critic_updates = 0
+        self._critic = engine.attach("critic", q_head.critic_parameters(), config.critic.optim)
+        self._actor = engine.attach("actor", actor.parameters(), config.actor.optim)
+        self._temperature = None
+        if temperature.tuned:
+            optim = self.config.entropy_tuning.optim
+            self._temperature = engine.attach("temperature", temperature.parameters(), optim)
+
+    def update(self, batch: Batch, *, env_steps: int) -> dict[str, Tensor]:
+        """Takes one critic step and, every `policy_delay` of them, one actor step.
+
+        Args:
+            batch: transitions.
+            env_steps: environment steps so far: the anchor's schedule and the critic warm-up.
+
+        Returns:
+            Scalar tensors by metric name; reading them is left to the caller.
+        """
+        metrics = self._update_critic(batch)
+        self.critic_updates += 1
+        warm = env_steps >= self.config.critic_warmup_steps
+        if warm and self.critic_updates % self.config.policy_delay == 0:
+            metrics |= self._update_actor(batch, self.anchor_weight(env_steps))
+        return metrics
+
+    def anchor_weight(self, env_steps: int) -> float:
+        """The anchor's lambda after `env_steps`."""
+        anchor = self.config.anchor
+        return linear(anchor.weight, anchor.final_weight, anchor.decay_steps, env_steps)
+
+    def td_target(self, batch: Batch, next_q: Tensor, next_log_prob: Tensor) -> Tensor:
+        """y = R + Gamma (agg_j Q_j(s', a') - alpha log pi(a'|s')), [B]."""
+        value = aggregate(next_q, self.config.agg_q)
+        if self.config.backup_entropy:
+            value = value - self.temperature().detach() * next_log_prob
+        return batch.reward + batch.discount * value
+
+    def _update_critic(self, batch: Batch) -> dict[str, Tensor]:
+        with torch.no_grad():
+            self.actor.eval()
+            following = self.actor(batch.next_features)
+        q, next_q = self.q_head.td_pair(
+            batch.features.vector, batch.action, batch.next_features.vector, following.action
+        )
+        target = self.td_target(batch, next_q, following.log_prob)
+        loss = 0.5 * (q - target).square().mean()
+        norm = self.engine.step(self._critic, loss)
+        self.q_head.after_update()
+        return {
+            "critic/loss": loss.detach(),
+            "critic/q": q.detach().mean(),
+            "critic/target": target.mean(),
+            "critic/grad_norm": norm,
+        }
+
+    def _update_actor(self, batch: Batch, anchor_weight: float) -> dict[str, Tensor]:
+        self.actor.train()
+        features = batch.features
+        sample = self.actor(features)
+        q = self._actor_q(features.vector, sample.action)
+        alpha = self.temperature().detach()
+        loss = (alpha * sample.log_prob - q).mean()
+        metrics = {"actor/q": q.detach().mean(), "actor/entropy": -sample.log_prob.detach().mean()}
+        if anchor_weight > 0:
+            distance, kept = self._anchor(batch, sample.mode)
+            loss = loss + anchor_weight * (distance * kept).mean()
+            metrics["anchor/distance"] = distance.detach().mean()
+            metrics["anchor/kept"] = kept.mean()
+        norm = self.engine.step(self._actor, loss)
+        metrics |= {"actor/loss": loss.detach(), "actor/grad_norm": norm}
+        metrics["anchor/weight"] = loss.new_tensor(anchor_weight)
+        if self._temperature is not None:
+            temperature_loss = self.temperature.loss(sample.log_prob)
+            self.engine.step(self._temperature, temperature_loss)
+            metrics["temperature/loss"] = temperature_loss.detach()
+        metrics["temperature/alpha"] = self.temperature().detach()
+        return metrics
+
+    def _actor_q(self, x: Tensor, action: Tensor) -> Tensor:
+        how = self.config.actor_agg_q or self.config.agg_q
+        return aggregate(self.q_head.score(x, action), how)
+
+    def _anchor(self, batch: Batch, mode: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared distance [B] of the mode to the pretrained action, and the rows kept [B]."""
+        features = batch.features
+        distance = (mode - features.base_action).square().flatten(1).sum(-1)
+        if not self.config.anchor.q_filter:
+            return distance, torch.ones_like(distance)
+        with torch.no_grad():
+            better = self._actor_q(features.vector, features.base_action) > self._actor_q(
+                features.vector, mode
+            )
+        return distance, better.to(distance.dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, statistics, optimiser moments and counters."""
+        return {
+            "actor": self.actor.state_dict(),
+            "q_head": self.q_head.state_dict(),
+            "temperature": self.temperature.state_dict(),
+            "engine": self.engine.state_dict(),
+            "critic_updates": self.critic_updates,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        self.actor.load_state_dict(state["actor"])
+        self.q_head.load_state_dict(state["q_head"])
+        self.temperature.load_state_dict(state["temperature"])
+        self.engine.load_state_dict(state["engine"])
+        self.critic_updates = int(state["critic_updates"])

@@ -1,0 +1,54 @@
+"""The entropy temperature alpha and its loss."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Temperature(nn.Module):
+    """A positive scalar, tuned so that the policy's entropy meets a target.
+
+    Args:
+        alpha_type: softplus (alpha = log(1 + e^p)), exp (alpha = e^p) or fixed_alpha.
+        initial_alpha: alpha before any update.
+        target_entropy: entropy of the action chunk, in nats.
+
+    Raises:
+        ValueError: an unknown alpha_type.
+    """
+
+    parameter: nn.Parameter
+
+    def __init__(self, alpha_type: str, initial_alpha: float, target_entropy: float) -> None:
+        super().__init__()
+        start = {
+            "softplus": math.log(math.expm1(initial_alpha)),
+            "exp": math.log(initial_alpha),
+            "fixed_alpha": initial_alpha,
+        }
+        if alpha_type not in start:
+            raise ValueError(f"alpha_type={alpha_type!r}; allowed: {', '.join(start)}")
+        self.alpha_type = alpha_type
+        self.target_entropy = target_entropy
+        self.parameter = nn.Parameter(
+            torch.tensor(start[alpha_type]), requires_grad=alpha_type != "fixed_alpha"
+        )
+
+    @property
+    def tuned(self) -> bool:
+        """Whether alpha learns."""
+        return self.parameter.requires_grad
+
+    def forward(self) -> Tensor:
+        """Returns alpha, a scalar with gradient."""
+        if self.alpha_type == "softplus":
+            return F.softplus(self.parameter)
+        return self.parameter.exp() if self.alpha_type == "exp" else self.parameter
+
+    def loss(self, log_prob: Tensor) -> Tensor:
+        """-alpha (log pi + target entropy), mean over the batch (Haarnoja et al. 2018b, eq. 18)."""
+        return -(self() * (log_prob.detach() + self.target_entropy)).mean()

@@ -1,0 +1,93 @@
+"""`python -m embodied_rl.train`: finetunes a pretrained policy in simulation."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from embodied_rl import cli
+from embodied_rl.config import Config
+from embodied_rl.errors import UserError
+from embodied_rl.load_config import load_config, load_run_config, save_config
+
+
+def main(args: list[str]) -> int:
+    """Trains; returns 0, or 128 + signal number when stopped by one."""
+    config, given = _read(args)
+    resume = config.resume is not None
+    run_dir = Path(config.resume or config.run_dir or _new_name(config))
+    if not resume and run_dir.exists() and any(run_dir.iterdir()):
+        raise UserError(
+            f"run_dir={run_dir} is not empty. Continue that run with resume={run_dir}, or name "
+            "another folder."
+        )
+
+    import torch  # after the arguments were checked: a typo should not wait for imports
+
+    from embodied_rl import builders
+    from embodied_rl.registry import Q_HEADS
+    from embodied_rl.stopping import StopRequest
+    from embodied_rl.trainer import Trainer
+
+    torch.set_num_threads(config.train.threads)
+    torch.manual_seed(config.seed)
+    device = builders.build_device(config.device)
+    for key in sorted(given & set(Q_HEADS.get(config.algorithm.q_head_type).unused_keys)):
+        print(f"note: {key} has no effect with q_head_type={config.algorithm.q_head_type}")
+    if config.policy.path is not None:  # fails early, before simulators start
+        from embodied_rl.policy import find_policy
+
+        find_policy(config.policy.path)
+    env = builders.build_env(config.env, config.env.num_envs, device)
+    try:
+        with StopRequest() as stop:
+            policy = builders.build_policy(config, env.spec, device)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            _announce(config, run_dir, device, resume)
+            save_config(config, run_dir / "config.yaml")
+            results = Trainer(config, run_dir, env, policy, device, stop).run(resume=resume)
+    finally:
+        env.close()
+    if results is None:
+        print(f"stopped; continue with: python -m embodied_rl.train resume={run_dir}")
+        return stop.exit_code
+    _report(results, run_dir)
+    return 0
+
+
+def _read(args: list[str]) -> tuple[Config, set[str]]:
+    resumed = [a.partition("=")[2] for a in args if a.startswith("resume=")]
+    if not resumed or resumed[-1] in ("", "null"):
+        return load_config(Config, args)
+    return load_run_config(Path(resumed[-1]), args)
+
+
+def _new_name(config: Config) -> str:
+    task, head = config.env.task, config.algorithm.q_head_type
+    return f"runs/{task}_{head}_s{config.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _announce(config: Config, run_dir: Path, device: object, resume: bool) -> None:
+    verb = "resuming" if resume else "finetuning"
+    print(
+        f"{verb} {config.policy.path or 'a fresh policy'} on {config.env.task} with "
+        f"q_head_type={config.algorithm.q_head_type} ({config.env.num_envs} environments, "
+        f"{config.train.total_steps:,} steps, {device})\nrun folder: {run_dir}",
+        flush=True,
+    )
+
+
+def _report(results: dict, run_dir: Path) -> None:
+    before, after = results["pretrained"], results["final"]
+    print(
+        f"curve, videos, checkpoints: {run_dir}\n"
+        f"watch and score again: python -m embodied_rl.evaluate policy={run_dir}\n"
+        f"success on {results['episodes']} held-out episodes: pretrained "
+        f"{before['success_once']:.0%} -> final {after['success_once']:.0%} "
+        f"(at end of episode {before['success_at_end']:.0%} -> {after['success_at_end']:.0%}; "
+        f"{results['env_steps']:,} steps, {results['seconds'] / 60:.1f} min)"
+    )
+
+
+if __name__ == "__main__":
+    cli.run("train", Config, main)

@@ -1,0 +1,184 @@
+"""Tensor records that the layers pass to one another.
+
+Sizes: B batch, H chunk length (actions per decision), A action size, D feature size,
+N parallel environments, T decisions in a trajectory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Obs = dict[str, Tensor]
+
+
+@dataclass
+class Features:
+    """What a backbone makes of an observation.
+
+    Attributes:
+        vector: [B, D] features that actor and critic read.
+        base_action: [B, H, A] the pretrained policy's own action chunk, in [-1, 1].
+    """
+
+    vector: Tensor
+    base_action: Tensor
+
+    def detach(self) -> Features:
+        """Returns the same features cut from the graph."""
+        return Features(self.vector.detach(), self.base_action.detach())
+
+
+@dataclass
+class ActionSample:
+    """An action chunk and its log-probability.
+
+    Attributes:
+        action: [B, H, A] in [-1, 1].
+        log_prob: [B] summed over chunk and action.
+        mode: [B, H, A] the action of the same policy without noise.
+    """
+
+    action: Tensor
+    log_prob: Tensor
+    mode: Tensor
+
+
+@dataclass
+class Batch:
+    """Transitions as the losses read them.
+
+    Attributes:
+        features: features of the observation, leading size B.
+        next_features: features of the observation that follows.
+        action: [B, H, A] executed chunk.
+        reward: [B] discounted sum of the chunk's (or n-step) rewards.
+        discount: [B] gamma to the number of environment steps, zero where the bootstrap is cut.
+        is_demo: [B] bool, rows that came from the demonstration buffer.
+    """
+
+    features: Features
+    next_features: Features
+    action: Tensor
+    reward: Tensor
+    discount: Tensor
+    is_demo: Tensor
+
+    def __len__(self) -> int:
+        return int(self.reward.shape[0])
+
+
+@dataclass
+class Trajectory:
+    """One piece of one episode of one environment.
+
+    Every field has T + 1 rows, so that row t + 1 is the successor of row t. The last row holds
+    the final observation (and its features); its action, reward and flags are zero.
+
+    Attributes:
+        fields: name to tensor [T + 1, ...]. Always present: one `obs.<key>` per observation key,
+            `action` [H, A], `reward` [h] per executed environment step, `steps` (number of
+            environment steps executed by the decision), `terminated`, `truncated`, `success`.
+            Optional: `features.vector`, `features.base_action`.
+    """
+
+    fields: dict[str, Tensor]
+
+    @property
+    def length(self) -> int:
+        """T, the number of decisions."""
+        return int(self.fields["action"].shape[0]) - 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all fields."""
+        return sum(t.numel() * t.element_size() for t in self.fields.values())
+
+
+@dataclass
+class StepResult:
+    """What `VecEnv.recv` returns.
+
+    Attributes:
+        obs: observations to act on next; for an environment that ended its episode, already the
+            first observation of the new one (autoreset).
+        reward: [N] float.
+        terminated: [N] bool, the task ended in a state with no future.
+        truncated: [N] bool, the time limit cut the episode.
+        success: [N] bool, the task's success condition holds after this step.
+        final_obs: observations after this step before any autoreset, [N, ...].
+    """
+
+    obs: Obs
+    reward: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    success: Tensor
+    final_obs: Obs
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """Shape (without the leading environment axis) and dtype of one observation entry."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class EnvSpec:
+    """What a policy must know of an environment.
+
+    Attributes:
+        obs: observation key to spec.
+        action_dim: A; actions are in [-1, 1].
+        max_episode_steps: time limit in environment steps.
+        name: the task, for messages.
+    """
+
+    obs: Mapping[str, ArraySpec]
+    action_dim: int
+    max_episode_steps: int
+    name: str
+
+
+@dataclass
+class EpisodeStats:
+    """Finished episodes of one environment loop.
+
+    Attributes:
+        returns: undiscounted return per episode.
+        success_once: whether success held at any step of the episode.
+        success_at_end: whether it held at the episode's last step.
+        lengths: environment steps per episode.
+    """
+
+    returns: list[float] = field(default_factory=list)
+    success_once: list[bool] = field(default_factory=list)
+    success_at_end: list[bool] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+
+    def add(self, total: float, once: bool, at_end: bool, length: int) -> None:
+        """Appends one finished episode."""
+        self.returns.append(total)
+        self.success_once.append(once)
+        self.success_at_end.append(at_end)
+        self.lengths.append(length)
+
+    def __len__(self) -> int:
+        return len(self.returns)
+
+    def summary(self) -> dict[str, float]:
+        """Means over the episodes; empty where there is none."""
+        n = len(self)
+        if n == 0:
+            return {}
+        return {
+            "success_once": sum(self.success_once) / n,
+            "success_at_end": sum(self.success_at_end) / n,
+            "return": sum(self.returns) / n,
+            "episode_length": sum(self.lengths) / n,
+        }

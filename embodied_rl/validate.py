@@ -1,0 +1,177 @@
+"""Which values each config key allows, alone and together."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from embodied_rl.config import Config
+from embodied_rl.errors import UserError, nearest
+from embodied_rl.registry import ACTORS, BACKBONES, ENVS, Q_HEADS
+
+CHOICES: dict[str, list[str]] = {
+    "env.type": ENVS.names,
+    "policy.backbone": BACKBONES.names,
+    "backbone": BACKBONES.names,
+    "actor.type": ACTORS.names,
+    "algorithm.q_head_type": Q_HEADS.names,
+    "algorithm.adv_type": ["embodied_sac"],
+    "algorithm.loss_type": ["embodied_sac"],
+    "algorithm.loss_agg_func": ["token-mean"],
+    "algorithm.agg_q": ["min", "mean"],
+    "algorithm.actor_agg_q": ["min", "mean"],
+    "algorithm.bootstrap_type": ["standard", "always"],
+    "algorithm.entropy_tuning.alpha_type": ["softplus", "exp", "fixed_alpha"],
+    "eval.metric": ["success_once", "success_at_end", "return"],
+    **{
+        f"{owner}.lr_scheduler": ["torch_constant", "linear", "cosine"]
+        for owner in ("critic.optim", "actor.optim", "algorithm.entropy_tuning.optim", "optim")
+    },
+}
+
+# dotted key (or its end) -> allowed interval; "(" and ")" exclude the bound
+INF = math.inf
+RANGES: dict[str, tuple[str, float, float, str]] = {
+    "env.num_envs": ("[", 1, 4096, "]"),
+    "env.max_episode_steps": ("[", 1, INF, ")"),
+    "env.render_size": ("[", 16, 4096, "]"),
+    "momentum": ("[", 0, 1, ")"),
+    "eps": ("(", 0, 1, "]"),
+    "r_max": ("[", 1, INF, "]"),
+    "d_max": ("[", 0, INF, "]"),
+    "warmup_steps": ("[", 0, INF, ")"),
+    "lr": ("[", 0, 1, "]"),
+    "final_lr": ("[", 0, 1, "]"),
+    "weight_decay": ("[", 0, 1, "]"),
+    "clip_grad": ("(", 0, INF, "]"),
+    "num_critics": ("[", 1, 100, "]"),
+    "hidden": ("[", 1, INF, ")"),
+    "betas": ("[", 0, 1, ")"),
+    "initial_std": ("(", 0, 1, "]"),
+    "residual_scale": ("(", 0, 2, "]"),
+    "residual_ramp_steps": ("[", 0, INF, ")"),
+    "anchor.weight": ("[", 0, INF, ")"),
+    "anchor.final_weight": ("[", 0, INF, ")"),
+    "decay_steps": ("[", 0, INF, ")"),
+    "demo.fraction": ("[", 0, 1, ")"),
+    "initial_alpha": ("(", 0, INF, ")"),
+    "group_size": ("[", 1, 1, "]"),
+    "update_epoch": ("[", 1, INF, ")"),
+    "batch_size": ("[", 2, INF, ")"),
+    "gamma": ("[", 0, 1, "]"),
+    "n_step": ("[", 1, 1000, "]"),
+    "policy_delay": ("[", 1, INF, ")"),
+    "tau": ("(", 0, 1, "]"),
+    "target_update_freq": ("[", 1, INF, ")"),
+    "critic_warmup_steps": ("[", 0, INF, ")"),
+    "cache_size": ("[", 1, INF, ")"),
+    "sample_window_size": ("[", 1, INF, ")"),
+    "min_buffer_size": ("[", 1, INF, ")"),
+    "segment_size": ("[", 1, INF, ")"),
+    "rollout.steps": ("[", 1, INF, ")"),
+    "random_steps": ("[", 0, INF, ")"),
+    "max_trajectory_steps": ("[", 1, INF, ")"),
+    "execute_steps": ("[", 1, INF, ")"),
+    "eval.interval": ("[", 0, INF, ")"),
+    "eval.episodes": ("[", 1, 100_000, "]"),
+    "eval.num_envs": ("[", 1, 4096, "]"),
+    "eval.seed": ("[", 0, 2**30 - 1, "]"),
+    "final_seed": ("[", 0, 2**30 - 1, "]"),
+    "video_episodes": ("[", 1, 64, "]"),
+    "total_steps": ("[", 1, INF, ")"),
+    "checkpoint_interval": ("[", 1, INF, ")"),
+    "keep_checkpoints": ("[", 1, INF, ")"),
+    "log_interval": ("[", 1, INF, ")"),
+    "threads": ("[", 1, 1024, "]"),
+    "chunk_size": ("[", 1, 1000, "]"),
+    "validation_fraction": ("[", 0, 1, ")"),
+    "max_trajectories": ("[", 1, INF, ")"),
+    "episodes": ("[", 1, 100_000, "]"),
+    "noise": ("[", 0, 2, "]"),
+    "max_steps_multiple": ("[", 1, INF, ")"),
+    "steps": ("[", 1, INF, ")"),
+    "seed": ("[", 0, 2**30 - 1, "]"),
+}
+
+
+def validate(config: Any) -> None:
+    """Checks every value of a config object, then the keys that depend on one another.
+
+    Raises:
+        UserError: names the key, the value received and what is allowed.
+    """
+    for key, value in leaves(config):
+        if value is None:
+            continue
+        allowed = CHOICES.get(key)
+        if allowed is not None and value not in allowed:
+            raise UserError(
+                f"{key}={value!r} is not allowed. Allowed: {', '.join(allowed)}."
+                f"{nearest(str(value), allowed)}"
+            )
+        interval = _interval(key)
+        if interval is not None:
+            for number in value if isinstance(value, list) else [value]:
+                _check_range(key, number, interval)
+    if isinstance(config, Config):
+        _check_together(config)
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted key, value) of a nested config object."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", value
+
+
+def _interval(key: str) -> tuple[str, float, float, str] | None:
+    """The longest matching end of a dotted key wins: `eval.seed` before `seed`."""
+    parts = key.split(".")
+    for start in range(len(parts)):
+        found = RANGES.get(".".join(parts[start:]))
+        if found is not None:
+            return found
+    return None
+
+
+def _check_range(key: str, value: Any, interval: tuple[str, float, float, str]) -> None:
+    left, low, high, right = interval
+    above = value >= low if left == "[" else value > low
+    below = value <= high if right == "]" else value < high
+    if not (above and below):
+        bounds = f"{left}{_show(low)}, {_show(high)}{right}"
+        raise UserError(f"{key}={value} is out of range. Allowed: {bounds}.")
+
+
+def _show(bound: float) -> str:
+    return "infinity" if math.isinf(bound) else f"{bound:g}"
+
+
+def _check_together(config: Config) -> None:
+    algorithm, replay = config.algorithm, config.algorithm.replay_buffer
+    if replay.min_buffer_size > replay.sample_window_size:
+        raise UserError(
+            f"algorithm.replay_buffer.min_buffer_size={replay.min_buffer_size} is larger than "
+            f"algorithm.replay_buffer.sample_window_size={replay.sample_window_size}: training "
+            "would never start. Lower the first or raise the second."
+        )
+    if config.resume is not None and config.run_dir is not None and config.run_dir != config.resume:
+        raise UserError(
+            f"resume={config.resume} continues in its own folder; drop run_dir={config.run_dir}."
+        )
+    first, last = config.eval.seed, config.eval.seed + config.eval.episodes
+    if first < config.eval.final_seed + config.eval.episodes and config.eval.final_seed < last:
+        raise UserError(
+            f"eval.seed={first} and eval.final_seed={config.eval.final_seed} overlap over "
+            f"eval.episodes={config.eval.episodes}: the closing comparison would not be held out."
+        )
+    if algorithm.demo.path is not None and algorithm.demo.fraction == 0:
+        raise UserError(
+            "algorithm.demo.path is set but algorithm.demo.fraction=0 would never read it. "
+            "Set a fraction above 0 or drop the path."
+        )
