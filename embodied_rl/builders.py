@@ -21,7 +21,17 @@ from embodied_rl.sac import SAC
 from embodied_rl.temperature import Temperature
 from embodied_rl.types import EnvSpec, Features, Obs
 
-ENV_KEYS = ("type", "task", "obs_mode", "control_mode", "reward_mode", "max_episode_steps")
+# what `evaluate` must know to score a policy where it was trained
+ENV_KEYS = (
+    "type",
+    "task",
+    "obs_mode",
+    "control_mode",
+    "reward_mode",
+    "max_episode_steps",
+    "ignore_terminations",
+    "kwargs",
+)
 
 
 def build_device(name: str) -> torch.device:
@@ -35,7 +45,9 @@ def build_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"device={name!r} is not known. Allowed: auto, cpu, cuda, cuda:N.") from None
+        raise UserError(
+            f"device={name!r} is not known. Allowed: auto, cpu, cuda, cuda:N."
+        ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"device={name}: torch sees {torch.cuda.device_count()} GPUs. Use device=auto, or run "
@@ -75,7 +87,8 @@ def build_policy(config: Config, spec: EnvSpec, device: torch.device) -> Policy:
             f"{actor_type} actor. Set actor.type={actor_type}, or start from its pretrained policy."
         )
     env = {key: getattr(config.env, key) for key in ENV_KEYS}
-    return Policy(backbone, backbone_type, actor, actor_type, env).to(device)
+    execute = config.rollout.execute_steps
+    return Policy(backbone, backbone_type, actor, actor_type, env, execute).to(device)
 
 
 def build_q_head(config: Config, policy: Policy, device: torch.device) -> QHead:
@@ -107,7 +120,9 @@ def build_encoder(policy: Policy, device: torch.device) -> Callable[[Obs], Featu
     return encode
 
 
-def build_replay(config: Config, policy: Policy, folder: Path, device: torch.device) -> ReplayBuffer:
+def build_replay(
+    config: Config, policy: Policy, folder: Path, device: torch.device
+) -> ReplayBuffer:
     """Builds the online buffer on disk and, where there are any, mixes in demonstrations."""
     algorithm = config.algorithm
     encode = build_encoder(policy, device)

@@ -96,8 +96,14 @@ class Checkpoints:
             except (OSError, ValueError, KeyError, SafetensorError) as error:
                 problems.append(f"{folder.name}: {error}")
                 continue
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
+            try:
+                for name, part in self.parts.items():
+                    part.load_state_dict(state[name])
+            except (RuntimeError, KeyError, ValueError) as error:
+                raise UserError(
+                    f"{folder} does not fit this config: {error} A run continues with the networks, "
+                    "heads and alpha_type that it began with; drop those overrides."
+                ) from None
             return step
         detail = f" Unreadable: {'; '.join(problems)}." if problems else ""
         raise UserError(
@@ -138,7 +144,9 @@ def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return [_split(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"{path}: cannot save a {type(value).__name__}; allowed: tensors and JSON values")
+    raise TypeError(
+        f"{path}: cannot save a {type(value).__name__}; allowed: tensors and JSON values"
+    )
 
 
 def _join(value: Any, tensors: dict[str, Tensor]) -> Any:

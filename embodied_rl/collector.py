@@ -61,8 +61,7 @@ class Collector:
     ) -> None:
         self.env, self.policy, self.replay, self.config = env, policy, replay, config
         self.store_features, self.seed, self.device = store_features, seed, device
-        chunk = policy.backbone.chunk_size
-        self.execute = min(config.execute_steps or chunk, chunk)
+        self.execute = policy.execute_steps
         self.env_steps = 0
         self.stats = EpisodeStats()
         self._episodes = [0] * env.num_envs  # number of each environment's present episode

@@ -81,7 +81,9 @@ class ActorConfig:
     initial_std: float = 0.15  # exploration noise before any learning, in action units
     batch_renorm: bool = False  # Batch Renormalisation in the actor's hidden layers too
     residual_scale: float = 0.1  # residual only: xi in a = clip(a_base + xi * delta)
-    residual_ramp_steps: int = 10_000  # residual only: delta applied with probability min(1, t/ramp)
+    residual_ramp_steps: int = (
+        10_000  # residual only: delta applied with probability min(1, t/ramp)
+    )
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
 
 

@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import torch
 
+from embodied_rl.backbones.state import OBS_KEY, StateBackbone
 from embodied_rl.errors import UserError
 from embodied_rl.policy import Policy, find_policy
 from embodied_rl.replay.store import META, read_all
@@ -96,6 +97,15 @@ def _trajectory(group: h5py.Group, obs: h5py.Dataset) -> Trajectory:
 def check_demos(path: Path, trajectories: list[Trajectory], policy: Policy) -> None:
     """Raises UserError where demonstrations and policy disagree on sizes."""
     backbone = policy.backbone
+    states = trajectories[0].fields.get(f"obs.{OBS_KEY}")
+    if isinstance(backbone, StateBackbone) and (
+        states is None or states.shape[1] != backbone.feature_dim
+    ):
+        found = "none" if states is None else f"{states.shape[1]} entries"
+        raise UserError(
+            f"the state observations in {path}: {found}; the policy reads {backbone.feature_dim}. "
+            "Set algorithm.demo.path to demonstrations of this task, or algorithm.demo.fraction=0."
+        )
     wanted = (backbone.chunk_size, backbone.action_dim)
     found = tuple(trajectories[0].fields["action"].shape[1:])
     if found != wanted:

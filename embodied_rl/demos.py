@@ -25,6 +25,10 @@ def main(args: list[str]) -> int:
     config, _ = load_config(DemosConfig, args)
     torch.set_num_threads(1)
     expert = EXPERTS.get(config.env.task)()
+    for key in ("obs_mode", "control_mode"):
+        wanted, found = getattr(expert, key), getattr(config.env, key)
+        if found != wanted:
+            raise UserError(f"env.{key}={found}: the expert for {config.env.task} needs {wanted}.")
     out = cli.prepare_folder(Path(config.out), config.overwrite)
     env = ManiSkillEnv(config.env)
     store = TrajectoryStore(out, config.episodes, {"task": config.env.task})

@@ -43,9 +43,7 @@ class LocalEngine(UpdateEngine):
     def __init__(self) -> None:
         self._trainables: dict[str, LocalTrainable] = {}
 
-    def attach(
-        self, name: str, parameters: Iterable[nn.Parameter], config: Any
-    ) -> LocalTrainable:
+    def attach(self, name: str, parameters: Iterable[nn.Parameter], config: Any) -> LocalTrainable:
         """Builds an Adam optimiser over `parameters`."""
         if name in self._trainables:
             raise ValueError(f"{name!r} is attached already")

@@ -16,7 +16,9 @@ def main(args: list[str]) -> int:
     """Evaluates; returns 0."""
     config, given = load_config(EvaluateConfig, args)
     if config.policy is None:
-        raise UserError("policy= is missing: a policy, checkpoint or run folder, or a shipped name.")
+        raise UserError(
+            "policy= is missing: a policy, checkpoint or run folder, or a shipped name."
+        )
 
     import torch
 

@@ -31,13 +31,10 @@ class Evaluator:
         env: evaluation environments, apart from the training ones.
         episodes: episodes per evaluation.
         device: where the policy runs.
-        execute: actions executed of each chunk; None for all.
     """
 
-    def __init__(
-        self, env: VecEnv, episodes: int, device: torch.device, execute: int | None = None
-    ) -> None:
-        self.env, self.episodes, self.device, self.execute = env, episodes, device, execute
+    def __init__(self, env: VecEnv, episodes: int, device: torch.device) -> None:
+        self.env, self.episodes, self.device = env, episodes, device
 
     @torch.no_grad()
     def run(
@@ -59,8 +56,6 @@ class Evaluator:
             video_episodes: how many of them.
         """
         n = self.env.num_envs
-        chunk = policy.backbone.chunk_size
-        execute = min(self.execute or chunk, chunk)
         results: dict[int, tuple[float, bool, bool, int]] = {}
         episode = list(range(n))  # the episode that each environment is in
         obs = self.env.reset([first_seed + e for e in episode])
@@ -73,7 +68,7 @@ class Evaluator:
                 part = {k: v[deciding].to(self.device) for k, v in obs.items()}
                 actions = policy.act(part, deterministic=deterministic).cpu()
                 for j, i in enumerate(deciding):
-                    plans[i] = list(actions[j, :execute])
+                    plans[i] = list(actions[j, : policy.execute_steps])
             if video is not None and any(e < video_episodes for e in episode):
                 pictures = self.env.render()
                 for i, e in enumerate(episode):

@@ -74,6 +74,10 @@ class ActorAdapter(nn.Module, ABC):
     def forward(self, features: Features) -> ActionSample:
         """Samples a chunk [B, H, A] with gradient, and gives the mode beside it."""
 
+    @abstractmethod
+    def mode(self, features: Features) -> Tensor:
+        """Returns the noise-free chunk [B, H, A]; draws from no generator."""
+
     def explore(self, features: Features, env_steps: int) -> ActionSample:
         """Samples the chunk that the collector executes after `env_steps` steps of training."""
         del env_steps
@@ -114,7 +118,10 @@ class QHead(nn.Module, ABC):
         """Evaluates a batch of transitions for the TD loss.
 
         Args:
-            x: [B, D] features; action: [B, H, A]; next_x, next_action: of the next state.
+            x: [B, D] features.
+            action: [B, H, A].
+            next_x: [B, D] features of the next state.
+            next_action: [B, H, A] chosen there by the present policy.
 
         Returns:
             q [K, B] with gradient and next_q [K, B] without.
@@ -136,6 +143,11 @@ class QHead(nn.Module, ABC):
 class ReplayBuffer(ABC):
     """Trajectories in, batches of transitions out."""
 
+    @property
+    @abstractmethod
+    def problems(self) -> list[str]:
+        """One line for each damaged file that opening left out."""
+
     @abstractmethod
     def add(self, trajectory: Trajectory) -> None:
         """Appends one trajectory."""
@@ -143,6 +155,14 @@ class ReplayBuffer(ABC):
     @abstractmethod
     def sample(self, n: int) -> Batch:
         """Returns exactly n transitions, or raises ReplayNotReady."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Generators, and what the disk holds by now."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes back to the trajectories and generators of a checkpoint."""
 
     @property
     @abstractmethod
@@ -198,3 +218,15 @@ class UpdateEngine(ABC):
     @abstractmethod
     def step(self, trainable: Trainable, loss: Tensor) -> Tensor:
         """Takes one optimiser step on `loss`; returns the gradient norm before clipping."""
+
+    @abstractmethod
+    def set_progress(self, progress: float) -> None:
+        """Moves every learning-rate schedule to the share of the run that is over."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Optimiser moments by trainable."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores optimiser moments."""

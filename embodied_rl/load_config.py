@@ -67,7 +67,9 @@ def load_config(
     for position, (origin, layer) in enumerate(layers):
         tree: Any = OmegaConf.to_container(layer)
         if not isinstance(tree, dict):
-            raise UserError(f"{origin}: expected a mapping of config keys, got {type(tree).__name__}.")
+            raise UserError(
+                f"{origin}: expected a mapping of config keys, got {type(tree).__name__}."
+            )
         keys = flatten(tree)
         _check_known(keys, known, origin)
         if position >= typed:

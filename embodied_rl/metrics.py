@@ -104,8 +104,14 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def plot_curve(folder: Path, title: str) -> Path:
-    """Draws success over environment steps as `learning_curve.png`; returns its path."""
+def plot_curve(folder: Path, title: str, metric: str) -> Path:
+    """Draws evaluations over environment steps as `learning_curve.png`; returns its path.
+
+    Args:
+        folder: the run folder.
+        title: of the picture.
+        metric: `return` draws the return, anything else both success rates.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -114,14 +120,18 @@ def plot_curve(folder: Path, title: str) -> Path:
     records = [r for r in read_records(folder / RECORDS) if "eval/success_once" in r]
     steps = [r["step"] for r in records]
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, label in (("success_once", "success once"), ("success_at_end", "success at end")):
-        values = [100 * r[f"eval/{name}"] for r in records]
-        axis.plot(steps, values, marker="o", label=label)
-    if records:
-        axis.axhline(
-            100 * records[0]["eval/success_once"], ls="--", c="grey", label="pretrained policy"
-        )
-    axis.set(xlabel="environment steps", ylabel="success rate, %", ylim=(-2, 102), title=title)
+    names = ["return"] if metric == "return" else ["success_once", "success_at_end"]
+    scale = 1 if metric == "return" else 100
+    for name in names:
+        values = [scale * r[f"eval/{name}"] for r in records]
+        axis.plot(steps, values, marker="o", label=name.replace("_", " "))
+        if values:
+            axis.axhline(values[0], ls="--", lw=1, c="grey")
+    axis.set(xlabel="environment steps (dashed: before finetuning)", title=title)
+    if metric == "return":
+        axis.set(ylabel="return")
+    else:
+        axis.set(ylabel="success rate, %", ylim=(-2, 102))
     axis.grid(alpha=0.3)
     axis.legend(loc="lower right")
     path = folder / "learning_curve.png"

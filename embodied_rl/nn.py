@@ -93,7 +93,9 @@ class BatchRenorm(nn.Module):
         r = ((var + self.eps).sqrt() / running_std).clamp(1 / self.r_max, self.r_max)
         d = ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max)
         renorm = self.steps >= self.warmup_steps  # on the device: no synchronisation
-        return torch.where(renorm, r, torch.ones_like(r)), torch.where(renorm, d, torch.zeros_like(d))
+        return torch.where(renorm, r, torch.ones_like(r)), torch.where(
+            renorm, d, torch.zeros_like(d)
+        )
 
     def _normalise_running(self, x: Tensor) -> Tensor:
         scale = self.weight * (self.running_var + self.eps).rsqrt()

@@ -30,6 +30,7 @@ class Policy(nn.Module):
         actor: the adapter on top; None for the pretrained policy itself.
         actor_type: its name in the registry.
         env: the environment settings it was made for, for `evaluate`.
+        execute_steps: actions executed of each chunk before the next decision; None for all.
     """
 
     def __init__(
@@ -39,11 +40,13 @@ class Policy(nn.Module):
         actor: ActorAdapter | None = None,
         actor_type: str | None = None,
         env: dict[str, Any] | None = None,
+        execute_steps: int | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.backbone_type = backbone, backbone_type
         self.actor, self.actor_type = actor, actor_type
         self.env = env or {}
+        self.execute_steps = min(execute_steps or backbone.chunk_size, backbone.chunk_size)
 
     @torch.no_grad()
     def act(self, obs: Obs, *, deterministic: bool = True) -> Tensor:
@@ -61,20 +64,22 @@ class Policy(nn.Module):
         """Returns action chunks [B, H, A] for features."""
         if self.actor is None:
             return features.base_action
-        sample = self.actor(features)
-        return sample.mode if deterministic else sample.action
+        return self.actor.mode(features) if deterministic else self.actor(features).action
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        actor = None if self.actor is None else {"type": self.actor_type, **self.actor.config_dict()}
+        actor = (
+            None if self.actor is None else {"type": self.actor_type, **self.actor.config_dict()}
+        )
         config = {
             "format": FORMAT,
             "version": VERSION,
             "backbone": {"type": self.backbone_type, **self.backbone.config_dict()},
             "actor": actor,
             "env": self.env,
+            "execute_steps": self.execute_steps,
         }
         weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         save_file(weights, folder / WEIGHTS)
@@ -98,7 +103,9 @@ class Policy(nn.Module):
                 actor_args = dict(config["actor"])
                 actor_type = actor_args.pop("type")
                 actor = ACTORS.get(actor_type).from_config(actor_args)
-            policy = cls(backbone, backbone_type, actor, actor_type, config["env"])
+            policy = cls(
+                backbone, backbone_type, actor, actor_type, config["env"], config["execute_steps"]
+            )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(
                 f"{folder / CONFIG} does not describe a policy ({type(error).__name__}: {error}). "
@@ -149,7 +156,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     if not path.is_file():
-        raise UserError(f"the policy folder {folder} has no {WEIGHTS}. Copy it there and try again.")
+        raise UserError(
+            f"the policy folder {folder} has no {WEIGHTS}. Copy it there and try again."
+        )
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

@@ -72,7 +72,7 @@ class SAC:
         return linear(anchor.weight, anchor.final_weight, anchor.decay_steps, env_steps)
 
     def td_target(self, batch: Batch, next_q: Tensor, next_log_prob: Tensor) -> Tensor:
-        """y = R + Gamma (agg_j Q_j(s', a') - alpha log pi(a'|s')), [B]."""
+        """Computes y = R + Gamma (agg_j Q_j(s', a') - alpha log pi(a'|s')), [B]."""
         value = aggregate(next_q, self.config.agg_q)
         if self.config.backup_entropy:
             value = value - self.temperature().detach() * next_log_prob
@@ -124,16 +124,20 @@ class SAC:
         return aggregate(self.q_head.score(x, action), how)
 
     def _anchor(self, batch: Batch, mode: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared distance [B] of the mode to the pretrained action, and the rows kept [B]."""
-        features = batch.features
-        distance = (mode - features.base_action).square().flatten(1).sum(-1)
+        """Squared distance [B] of the mode to its anchor, and which rows keep it [B].
+
+        The anchor is the pretrained action, in demonstrations the demonstrated one. With the
+        Q-filter (Nair et al. 2018, section 4) a row keeps it only where it scores higher.
+        """
+        anchor = torch.where(batch.is_demo[:, None, None], batch.action, batch.features.base_action)
+        distance = (mode - anchor).square().flatten(1).sum(-1)
         if not self.config.anchor.q_filter:
             return distance, torch.ones_like(distance)
+        x = batch.features.vector
         with torch.no_grad():
-            better = self._actor_q(features.vector, features.base_action) > self._actor_q(
-                features.vector, mode
-            )
-        return distance, better.to(distance.dtype)
+            both = self._actor_q(torch.cat([x, x]), torch.cat([anchor, mode]))
+        better, present = both.chunk(2)
+        return distance, (better > present).to(distance.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, statistics, optimiser moments and counters."""

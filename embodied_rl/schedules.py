@@ -17,7 +17,8 @@ def learning_rate(kind: str, start: float, end: float, progress: float) -> float
 
     Args:
         kind: torch_constant | linear | cosine.
-        start: initial rate; end: rate at progress 1.
+        start: rate at progress 0.
+        end: rate at progress 1.
         progress: share of the run that is over.
 
     Raises:

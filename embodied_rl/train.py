@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
+from typing import Any
 
 from embodied_rl import cli
 from embodied_rl.config import Config
@@ -44,14 +46,15 @@ def main(args: list[str]) -> int:
             policy = builders.build_policy(config, env.spec, device)
             run_dir.mkdir(parents=True, exist_ok=True)
             _announce(config, run_dir, device, resume)
-            save_config(config, run_dir / "config.yaml")
+            recorded = dataclasses.replace(config, run_dir=None, resume=None)
+            save_config(recorded, run_dir / "config.yaml")
             results = Trainer(config, run_dir, env, policy, device, stop).run(resume=resume)
     finally:
         env.close()
     if results is None:
         print(f"stopped; continue with: python -m embodied_rl.train resume={run_dir}")
         return stop.exit_code
-    _report(results, run_dir)
+    _report(results, run_dir, config.eval.metric)
     return 0
 
 
@@ -77,15 +80,23 @@ def _announce(config: Config, run_dir: Path, device: object, resume: bool) -> No
     )
 
 
-def _report(results: dict, run_dir: Path) -> None:
+def _report(results: dict[str, Any], run_dir: Path, metric: str) -> None:
     before, after = results["pretrained"], results["final"]
+    held_out = f"{results['episodes']} held-out episodes"
+    if metric == "return":
+        line = (
+            f"return on {held_out}: before {before['return']:.2f} -> final {after['return']:.2f} ("
+        )
+    else:
+        line = (
+            f"success on {held_out}: pretrained {before['success_once']:.0%} -> final "
+            f"{after['success_once']:.0%} (at end of episode {before['success_at_end']:.0%} -> "
+            f"{after['success_at_end']:.0%}; "
+        )
     print(
         f"curve, videos, checkpoints: {run_dir}\n"
         f"watch and score again: python -m embodied_rl.evaluate policy={run_dir}\n"
-        f"success on {results['episodes']} held-out episodes: pretrained "
-        f"{before['success_once']:.0%} -> final {after['success_once']:.0%} "
-        f"(at end of episode {before['success_at_end']:.0%} -> {after['success_at_end']:.0%}; "
-        f"{results['env_steps']:,} steps, {results['seconds'] / 60:.1f} min)"
+        f"{line}{results['env_steps']:,} steps, {results['seconds'] / 60:.1f} min)"
     )
 
 

@@ -124,6 +124,8 @@ class Trainer:
             self.checkpoints.restore()
         self.logger = Logger(self.run_dir, self.config.train.total_steps, self.step)
         self._opened = time.monotonic() - self.progress.seconds
+        for problem in self.replay.problems:
+            self.logger.say(f"warning: replay: {problem}")
         try:
             if not resume:
                 self._evaluate(video=self.run_dir / "videos" / "first.mp4")
@@ -218,10 +220,7 @@ class Trainer:
         settings = self.config.eval
         if self._eval_env is None:
             self._eval_env = builders.build_env(self.config.env, settings.num_envs, self.device)
-        evaluator = Evaluator(
-            self._eval_env, settings.episodes, self.device, self.config.rollout.execute_steps
-        )
-        return evaluator.run(
+        return Evaluator(self._eval_env, settings.episodes, self.device).run(
             policy,
             first_seed,
             video=video if settings.video else None,
@@ -239,7 +238,11 @@ class Trainer:
         final_seed = self.config.eval.final_seed
         self.logger.say("comparing the pretrained and the best policy on held-out episodes ...")
         if self.config.policy.path is None:
-            start = Policy(self.policy.backbone, self.policy.backbone_type)
+            start = Policy(
+                self.policy.backbone,
+                self.policy.backbone_type,
+                execute_steps=self.policy.execute_steps,
+            )
         else:
             start = Policy.from_pretrained(self.config.policy.path).to(self.device)
         before = self._score(start, final_seed, None).summary
@@ -258,5 +261,5 @@ class Trainer:
         path = self.run_dir / "results.json"
         path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         title = f"{self.config.env.task}, {self.config.algorithm.q_head_type}"
-        plot_curve(self.run_dir, f"{title}, seed {self.config.seed}")
+        plot_curve(self.run_dir, f"{title}, seed {self.config.seed}", self.config.eval.metric)
         return results

@@ -65,6 +65,10 @@ class GaussianActor(ActorAdapter):
         action, log_prob = tanh_normal.sample(mean, log_std)
         return ActionSample(action, log_prob, torch.tanh(mean))
 
+    def mode(self, features: Features) -> Tensor:
+        """Returns tanh(mu)."""
+        return torch.tanh(self.distribution(features)[0])
+
     def config_dict(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return dict(self._config)

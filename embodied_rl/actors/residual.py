@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from embodied_rl.actors import tanh_normal
 from embodied_rl.config import ActorConfig, BatchRenormConfig
@@ -60,15 +61,24 @@ class ResidualActor(ActorAdapter):
 
     def forward(self, features: Features) -> ActionSample:
         """Samples a corrected chunk; the mode is the base action plus the modal correction."""
-        base = features.base_action
-        inputs = torch.cat([features.vector, base.flatten(1)], dim=-1)
-        mean, log_std = tanh_normal.split(self.net(inputs), base.shape)
+        mean, log_std = self.distribution(features)
         delta, log_prob = tanh_normal.sample(mean, log_std)
         return ActionSample(
-            (base + self.scale * delta).clamp(-1, 1),
-            log_prob,
-            (base + self.scale * torch.tanh(mean)).clamp(-1, 1),
+            self._corrected(features, delta), log_prob, self._corrected(features, torch.tanh(mean))
         )
+
+    def mode(self, features: Features) -> Tensor:
+        """Returns the base action plus the modal correction."""
+        return self._corrected(features, torch.tanh(self.distribution(features)[0]))
+
+    def distribution(self, features: Features) -> tuple[Tensor, Tensor]:
+        """Returns mean and log standard deviation of delta before squashing, [B, H, A] each."""
+        base = features.base_action
+        inputs = torch.cat([features.vector, base.flatten(1)], dim=-1)
+        return tanh_normal.split(self.net(inputs), base.shape)
+
+    def _corrected(self, features: Features, delta: Tensor) -> Tensor:
+        return (features.base_action + self.scale * delta).clamp(-1, 1)
 
     def explore(self, features: Features, env_steps: int) -> ActionSample:
         """Applies the correction to each environment with probability min(1, t / ramp_steps)."""

@@ -18,7 +18,9 @@ def log_prob(pre_tanh: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     finite where tanh saturates (Haarnoja et al. 2018, appendix C, in softplus form).
 
     Args:
-        pre_tanh: u [B, H, A]; mean, log_std: of the same shape.
+        pre_tanh: u [B, H, A].
+        mean: of u, [B, H, A].
+        log_std: of u, [B, H, A].
 
     Returns:
         [B].

@@ -57,7 +57,9 @@ class StateBackbone(Backbone):
 
     def normalise(self, obs: Obs) -> Tensor:
         """Returns normalised states [B, D]."""
-        return ((obs[OBS_KEY].to(self.mean.dtype) - self.mean) / self.std).clamp(-CLIP, CLIP)
+        vector = (obs[OBS_KEY].to(self.mean.dtype) - self.mean) / self.std
+        # without demonstrations there is no scale to clip by
+        return vector if self.net is None else vector.clamp(-CLIP, CLIP)
 
     def raw_action(self, vector: Tensor) -> Tensor:
         """Returns unclipped action chunks [B, H, A] for normalised states."""

@@ -61,11 +61,9 @@ class DefaultQHead(QHead):
 
     @torch.no_grad()
     def after_update(self) -> None:
-        """target <- (1 - tau) * target + tau * online, every `target_update_freq` updates."""
+        """Moves target <- (1 - tau) * target + tau * online, every `target_update_freq` updates."""
         self.updates += 1
         if int(self.updates) % self.target_update_freq:
             return
-        for target, online in zip(
-            self.target.parameters(), self.critics.parameters(), strict=True
-        ):
+        for target, online in zip(self.target.parameters(), self.critics.parameters(), strict=True):
             target.lerp_(online, self.tau)

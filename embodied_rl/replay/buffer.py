@@ -58,6 +58,11 @@ class TrajectoryReplay(ReplayBuffer):
         return len(self._lengths)
 
     @property
+    def problems(self) -> list[str]:
+        """What the store had to leave out when it was opened."""
+        return self.store.problems if self.store is not None else []
+
+    @property
     def transitions(self) -> int:
         """Transitions that `sample` chooses from."""
         return int(self._cumulative[-1]) if len(self._cumulative) else 0
@@ -160,7 +165,8 @@ class TrajectoryReplay(ReplayBuffer):
         self._lengths = [self.store.length(i) for i in range(total)]
         if self._cache is not None:
             for number in range(max(0, total - self._cache.capacity), total):
-                self._cache.admit(number, Trajectory(self.store.read(number)))
+                if self._lengths[number]:
+                    self._cache.admit(number, Trajectory(self.store.read(number)))
         self._refresh_window()
 
     def state_dict(self) -> dict[str, Any]:
@@ -198,7 +204,7 @@ class Rows:
             return {name: cache.fields[name].index_select(0, index) for name in names}
         offsets = self._offset + ahead
         parts = [self._read_one(i, int(at), names) for i, at in enumerate(offsets)]
-        return {name: torch.cat([p[name] for p in parts]).to(device) for name in names}
+        return {name: torch.cat([p[name] for p in parts]) for name in names}
 
     def _read_one(self, i: int, offset: int, names: list[str]) -> dict[str, Tensor]:
         cache, store = self._replay._cache, self._replay.store
@@ -206,7 +212,8 @@ class Rows:
             row = int(self._start[i]) + offset
             return {name: cache.fields[name][row : row + 1] for name in names}
         assert store is not None
-        return store.read_rows(int(self._number[i]), offset, offset + 1, names)
+        rows = store.read_rows(int(self._number[i]), offset, offset + 1, names)
+        return {name: value.to(self._replay.device) for name, value in rows.items()}
 
 
 class MixedReplay(ReplayBuffer):
@@ -220,6 +227,11 @@ class MixedReplay(ReplayBuffer):
 
     def __init__(self, online: TrajectoryReplay, demos: TrajectoryReplay, fraction: float) -> None:
         self.online, self.demos, self.fraction = online, demos, fraction
+
+    @property
+    def problems(self) -> list[str]:
+        """What the online store had to leave out when it was opened."""
+        return self.online.problems
 
     @property
     def ready(self) -> bool:

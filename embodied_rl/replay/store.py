@@ -32,7 +32,10 @@ INDEX, META = "index.jsonl", "meta.json"
 
 @dataclass
 class Segment:
-    """One file: its name, its trajectories' lengths T, and what it should hash to."""
+    """One file: its name, its trajectories' lengths T, and what it should hash to.
+
+    A lost file keeps its entry, so that the numbers of later trajectories do not shift.
+    """
 
     file: str
     lengths: list[int]
@@ -42,7 +45,10 @@ class Segment:
 
 @dataclass
 class Place:
-    """Where a trajectory lies: its segment (None while unflushed) and its first row."""
+    """Where a trajectory lies: its segment (None while unflushed), first row and length.
+
+    The length is 0 for a trajectory whose file was lost.
+    """
 
     segment: int | None
     row: int
@@ -173,7 +179,7 @@ class TrajectoryStore:
         temporary.rename(self.folder / INDEX)
         self._open_files.clear()
         for segment in dropped:
-            (self.folder / segment.file).unlink()
+            (self.folder / segment.file).unlink(missing_ok=True)
 
     def _check_meta(self, meta: dict[str, Any]) -> None:
         path = self.folder / META
@@ -202,16 +208,17 @@ class TrajectoryStore:
                 self.problems.append(f"index line unreadable: {line[:60]!r}.")
                 continue
             file = self.folder / segment.file
-            if not file.exists():
-                self.problems.append(f"{segment.file} is missing.")
-                continue
-            if file.stat().st_size != segment.size or _crc32(file) != segment.crc32:
+            lost = f"{len(segment.lengths)} trajectories are lost."
+            usable = file.exists()
+            if not usable:
+                self.problems.append(f"{segment.file} is missing: {lost}")
+            elif file.stat().st_size != segment.size or _crc32(file) != segment.crc32:
+                usable = False
                 file.rename(file.with_suffix(".corrupt"))
-                self.problems.append(f"{segment.file} is corrupt; renamed to .corrupt.")
-                continue
+                self.problems.append(f"{segment.file} is corrupt, renamed to .corrupt: {lost}")
             row = 0
             for length in segment.lengths:
-                self._places.append(Place(len(self._segments), row, length))
+                self._places.append(Place(len(self._segments), row, length if usable else 0))
                 row += length + 1
             self._segments.append(segment)
 
@@ -225,6 +232,8 @@ def read_all(folder: Path) -> list[Trajectory]:
     if not (folder / META).is_file():
         raise UserError(f"{folder} holds no {META}, so it is not a trajectory folder.")
     store = TrajectoryStore(folder, segment_size=1, meta={})
+    if store.problems:
+        raise UserError(f"{folder} is damaged: {' '.join(store.problems)} Copy it again.")
     return [Trajectory(store.read(i)) for i in range(len(store))]
 
 

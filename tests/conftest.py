@@ -1,0 +1,154 @@
+"""Fixtures that the tests share: tiny configs, a batch maker, trajectories, a small policy."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from embodied_rl.backbones.state import StateBackbone
+from embodied_rl.builders import build_env, build_policy
+from embodied_rl.config import Config
+from embodied_rl.load_config import load_config
+from embodied_rl.types import ArraySpec, Batch, EnvSpec, Features, Trajectory
+
+CPU = torch.device("cpu")
+TINY = (
+    "env.type=fake",
+    "env.task=reach",
+    "env.num_envs=2",
+    "policy.path=null",
+    "algorithm.demo.fraction=0",
+    "algorithm.batch_size=16",
+    "algorithm.critic_warmup_steps=0",
+    "algorithm.replay_buffer.segment_size=4",
+    "critic.hidden=[16,16]",
+    "actor.hidden=[16]",
+    "eval.episodes=4",
+    "eval.num_envs=2",
+    "eval.video=false",
+)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def make_config():
+    """`make_config("algorithm.gamma=0.5", ...)`: a small config on the fake environment."""
+
+    def make(*overrides: str) -> Config:
+        return load_config(Config, [*TINY, *overrides])[0]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def spec():
+    return EnvSpec({"state": ArraySpec((4,), torch.float32)}, 2, 20, "fake reach")
+
+
+@pytest.fixture
+def make_env(make_config):
+    """`make_env("reach", 3, 5)`: three fake environments with five steps per episode."""
+
+    def make(task: str = "reach", num_envs: int = 2, limit: int | None = None):
+        env = dataclasses.replace(make_config().env, task=task, max_episode_steps=limit)
+        return build_env(env, num_envs, CPU)
+
+    return make
+
+
+@pytest.fixture
+def make_backbone():
+    """A random policy for the fake environment, with chunks of `chunk` actions."""
+
+    def make(chunk: int = 1, seed: int = 0, state_dim: int = 4, action_dim: int = 2):
+        torch.manual_seed(seed)
+        backbone = StateBackbone(state_dim, action_dim, chunk, [8])
+        backbone.std.copy_(torch.tensor([1.0, 1.0, 5000.0, 10.0])[:state_dim])
+        return backbone.requires_grad_(False)
+
+    return make
+
+
+@pytest.fixture
+def make_policy(make_config, spec):
+    """The policy of a run from scratch on the fake environment, actor included."""
+
+    def make(*overrides: str):
+        return build_policy(make_config(*overrides), spec, CPU)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_batch():
+    """`make_batch(n)`: n random transitions; D features, chunks [H, A]."""
+
+    def make(n: int = 16, dim: int = 4, chunk: int = 1, action_dim: int = 2, seed: int = 0):
+        rng = torch.Generator().manual_seed(seed)
+
+        def features():
+            base = torch.rand(n, chunk, action_dim, generator=rng) * 1.6 - 0.8
+            return Features(torch.randn(n, dim, generator=rng), base)
+
+        return Batch(
+            features(),
+            features(),
+            torch.rand(n, chunk, action_dim, generator=rng) * 2 - 1,
+            torch.randn(n, generator=rng),
+            torch.full((n,), 0.8),
+            torch.zeros(n, dtype=torch.bool),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_trajectory():
+    """`make_trajectory(episode, T)`: row t observes [episode, t]; reward 100 * episode + t.
+
+    With `chunk` > 1 every decision executes `chunk` steps, whose rewards are that number plus
+    0, 0.25, 0.5, ...; the last decision may execute fewer (`last_steps`).
+    """
+
+    def make(
+        episode: int,
+        length: int,
+        *,
+        terminated: bool = False,
+        truncated: bool = False,
+        chunk: int = 1,
+        last_steps: int | None = None,
+    ) -> Trajectory:
+        t = torch.arange(length + 1, dtype=torch.float32)
+        obs = torch.stack([torch.full_like(t, episode), t], 1)
+        reward = (100 * episode + t)[:, None] + 0.25 * torch.arange(chunk)
+        steps = torch.full((length + 1,), chunk, dtype=torch.int64)
+        if last_steps is not None:
+            steps[length - 1] = last_steps
+            reward[length - 1, last_steps:] = 0
+        reward[length], steps[length] = 0, 0
+        flags = {name: torch.zeros(length + 1, dtype=torch.bool) for name in ("terminated", "trun")}
+        flags["terminated"][length - 1] = terminated
+        flags["trun"][length - 1] = truncated
+        return Trajectory(
+            {
+                "obs.state": obs,
+                "action": obs[:, None, :].repeat(1, chunk, 1) / 1000,
+                "reward": reward,
+                "steps": steps,
+                "terminated": flags["terminated"],
+                "truncated": flags["trun"],
+                "success": torch.zeros(length + 1, dtype=torch.bool),
+            }
+        )
+
+    return make

@@ -1,0 +1,196 @@
+"""The import direction of the design, read off the source of every module."""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.unit
+PACKAGE = Path(__file__).resolve().parent.parent / "embodied_rl"
+
+# From imported to importer. A module may import what stands in an earlier layer, never what stands
+# in its own or a later one, except where `WITHIN` allows it.
+LAYERS = (
+    ("errors", "types", "config", "registry"),
+    ("validate",),
+    ("load_config",),
+    ("interfaces",),
+    ("nn", "schedules"),
+    ("backbones", "actors", "q_heads", "replay", "envs", "distributed"),
+    ("temperature", "sac", "policy"),
+    ("demonstrations", "collector", "evaluator", "checkpoint", "metrics", "stopping"),
+    ("builders",),
+    ("trainer",),
+    ("cli", "train", "evaluate", "pretrain", "demos", "doctor"),
+)
+WITHIN = {  # (importer, imported) of the same layer
+    ("registry", "errors"),
+    ("sac", "temperature"),
+    *((command, "cli") for command in ("train", "evaluate", "pretrain", "demos")),
+}
+LEAVES = {"apt", "vulkan"}  # standard library only
+LEAF_IMPORTERS = {"envs.maniskill", "doctor", "vulkan"}
+SAC_MAY = {"types", "config", "interfaces", "schedules", "temperature"}
+CONFINED = {  # third-party module -> where alone it may be imported
+    "mani_skill": {"envs.maniskill"},
+    "sapien": {"envs.maniskill"},
+    "accelerate": {"distributed"},
+    "deepspeed": {"distributed"},
+    "torch.distributed": {"distributed"},
+    "transformers": {"backbones"},
+}
+RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+
+
+def modules() -> list[str]:
+    """Dotted names below the package, without package `__init__` files."""
+    paths = [p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py") if p.name != "__init__.py"]
+    return sorted(".".join(p.with_suffix("").parts) for p in paths)
+
+
+MODULES = modules()
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    path = PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def imports(module: str) -> frozenset[str]:
+    """Full dotted names that a module imports, at any depth, `from a import b` as `a.b`."""
+    found = set()
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import in line {node.lineno}"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(found)
+
+
+def own_imports(module: str) -> set[str]:
+    """Modules of this package that a module imports, as in `MODULES`."""
+    found = set()
+    for name in imports(module):
+        if not name.startswith("embodied_rl."):
+            continue
+        inner = name.removeprefix("embodied_rl.")
+        while inner and inner not in MODULES:
+            inner = inner.rpartition(".")[0]
+        assert inner, f"{module} imports {name}, which is no module of the package"
+        found.add(inner)
+    return found
+
+
+def group(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def test_walk_sees_imports_inside_functions():
+    assert "trainer" in own_imports("train")
+    assert "torch.Tensor" in imports("sac")
+
+
+def test_every_module_has_a_layer():
+    unknown = [m for m in MODULES if group(m) not in RANK and m not in LEAVES]
+    assert not unknown, f"add them to LAYERS: {unknown}"
+    gone = [name for name in RANK if name not in {group(m) for m in MODULES}]
+    assert not gone, f"LAYERS names modules that do not exist: {gone}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_import_direction(module):
+    if module in LEAVES:
+        assert own_imports(module) <= LEAVES
+        return
+    for imported in own_imports(module):
+        if imported in LEAVES:
+            assert module in LEAF_IMPORTERS, f"{module} imports {imported}"
+            continue
+        inside_package = "." in module and group(module) == group(imported)
+        allowed = inside_package or (module, imported) in WITHIN
+        earlier = RANK[group(imported)] < RANK[group(module)]
+        assert earlier or allowed, f"{module} imports {imported}"
+
+
+def test_sac_imports_only_the_seams():
+    assert own_imports("sac") <= SAC_MAY
+
+
+@pytest.mark.parametrize("library", CONFINED)
+def test_confined_libraries(library):
+    users = {
+        module
+        for module in MODULES
+        for name in imports(module)
+        if name == library or name.startswith(f"{library}.")
+    }
+    allowed = CONFINED[library]
+    strangers = {m for m in users if m not in allowed and group(m) not in allowed}
+    assert not strangers
+
+
+@pytest.mark.parametrize("module", [*sorted(LEAVES), "doctor"])
+def test_leaves_are_standard_library_only(module):
+    import sys
+
+    names = {name.partition(".")[0] for name in imports(module)} - {"embodied_rl"}
+    assert names <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_forbidden_constructs(module):
+    for name in imports(module):
+        assert name.partition(".")[0] not in {"pickle", "cloudpickle", "dill", "joblib", "shelve"}
+        assert name not in {"torch.load", "torch.save"}
+    for node in ast.walk(tree(module)):
+        where = f"{module}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"{where}: bare except"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            owner = (node.value.id, node.attr)
+            assert owner not in {("cfg", "get"), ("torch", "load"), ("torch", "save")}, where
+
+
+def mentions_head(node: ast.AST) -> bool:
+    return any(
+        (isinstance(n, ast.Attribute) and n.attr == "q_head_type")
+        or (isinstance(n, ast.Name) and n.id == "q_head_type")
+        for n in ast.walk(node)
+    )
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "registry"])
+def test_nothing_branches_on_the_q_head(module):
+    for node in ast.walk(tree(module)):
+        where = f"{module}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Compare):
+            constants = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+            assert not mentions_head(node), f"{where}: compares q_head_type"
+            assert not constants & {"crossq"}, f"{where}: compares with 'crossq'"
+        if isinstance(node, ast.Match):
+            assert not mentions_head(node.subject), f"{where}: matches q_head_type"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            heads = {"DefaultQHead", "CrossQHead"}
+            named = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+            assert node.func.id != "isinstance" or not named & heads, where
+
+
+def test_no_global_random_draws_outside_the_actors():
+    """DESIGN section 10: nothing seeds or draws from a global generator but in-graph noise."""
+    draws = {"rand", "randn", "rand_like", "randn_like", "randint", "randperm", "normal"}
+    modern = {"default_rng", "SeedSequence", "Generator"}
+    for module in set(MODULES) - {"actors.tanh_normal", "actors.residual", "collector"}:
+        for node in ast.walk(tree(module)):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            owner, name = ast.unparse(node.func.value), node.func.attr
+            where = f"{module}:{node.lineno}: {owner}.{name}"
+            if owner == "torch" and name in draws:
+                assert "generator" in {k.arg for k in node.keywords}, where
+            if owner in ("np.random", "numpy.random"):
+                assert name in modern, where
+            assert owner != "random", where
