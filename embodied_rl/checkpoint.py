@@ -101,8 +101,8 @@ class Checkpoints:
                     part.load_state_dict(state[name])
             except (RuntimeError, KeyError, ValueError) as error:
                 raise UserError(
-                    f"{folder} does not fit this config: {error} A run continues with the networks, "
-                    "heads and alpha_type that it began with; drop those overrides."
+                    f"{folder} does not fit this config: {error} A run continues with the "
+                    "networks, heads and alpha_type that it began with; drop those overrides."
                 ) from None
             return step
         detail = f" Unreadable: {'; '.join(problems)}." if problems else ""
@@ -144,9 +144,7 @@ def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return [_split(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(
-        f"{path}: cannot save a {type(value).__name__}; allowed: tensors and JSON values"
-    )
+    raise TypeError(f"{path}: {type(value).__name__} is neither a tensor nor a JSON value")
 
 
 def _join(value: Any, tensors: dict[str, Tensor]) -> Any:

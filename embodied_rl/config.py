@@ -47,7 +47,7 @@ class BatchRenormConfig:
     eps: float = 1e-3
     r_max: float = 3.0
     d_max: float = 5.0
-    warmup_steps: int = 100_000  # training-mode forwards with r = 1, d = 0
+    warmup_steps: int = 5_000  # training-mode forwards with r = 1, d = 0
 
 
 @dataclass
@@ -93,8 +93,8 @@ class AnchorConfig:
 
     weight: float = 1.0  # lambda at the start; 0 switches the anchor off
     final_weight: float = 0.0
-    decay_steps: int = 60_000  # environment steps from weight to final_weight, linearly
-    q_filter: bool = True  # only where the critic scores the base action higher
+    decay_steps: int = 12_000  # environment steps from weight to final_weight, linearly
+    q_filter: bool = False  # only where the critic scores the base action higher
 
 
 @dataclass
@@ -103,7 +103,7 @@ class DemoConfig:
 
     # a demonstration folder or ManiSkill .h5; null: the ones beside the policy, if any
     path: Optional[str] = None
-    fraction: float = 0.25  # share of each batch; 0 switches demonstrations off
+    fraction: float = 0.5  # share of each batch; 0 switches demonstrations off
 
 
 @dataclass
@@ -147,7 +147,7 @@ class AlgorithmConfig:
     loss_agg_func: str = "token-mean"
     group_size: int = 1
     update_epoch: int = 32  # gradient updates per iteration of num_envs * rollout.steps env steps
-    batch_size: int = 256
+    batch_size: int = 128
     gamma: float = 0.8
     n_step: int = 1  # decisions per return
     agg_q: str = "min"  # min | mean, in the TD target
@@ -157,7 +157,7 @@ class AlgorithmConfig:
     policy_delay: int = 2  # critic updates per actor update
     tau: float = 0.01  # default head: Polyak coefficient of the target network
     target_update_freq: int = 1  # default head: critic updates per Polyak step
-    critic_warmup_steps: int = 4_000  # env steps in which only the critic learns
+    critic_warmup_steps: int = 3_000  # env steps in which only the critic learns
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
     demo: DemoConfig = field(default_factory=DemoConfig)
     entropy_tuning: EntropyTuningConfig = field(default_factory=EntropyTuningConfig)
@@ -192,7 +192,7 @@ class EvalConfig:
 class TrainConfig:
     """Length of a run and what it leaves behind."""
 
-    total_steps: int = 40_000  # environment steps
+    total_steps: int = 30_000  # environment steps
     stop_at: Optional[float] = None  # end early once an evaluation's metric reaches this
     checkpoint_interval: int = 2_500  # env steps between checkpoints
     keep_checkpoints: int = 2  # newest checkpoints kept besides the best

@@ -41,7 +41,8 @@ def read_demos(path: Path) -> list[Trajectory]:
     else:
         what = "is neither a folder nor a .h5 file" if path.exists() else "does not exist"
         raise UserError(
-            f"demonstrations {path}: it {what}. Collect some: python -m embodied_rl.demos out={path}"
+            f"demonstrations {path}: it {what}. Collect some: python -m embodied_rl.demos "
+            f"out={path}"
         )
     if not trajectories:
         raise UserError(f"demonstrations {path}: no trajectory in it.")
@@ -53,9 +54,11 @@ def _read_maniskill(path: Path) -> list[Trajectory]:
     trajectories = []
     try:
         with h5py.File(path) as file:
-            names = sorted(file, key=lambda n: int(n.rpartition("_")[2]))
-            for name in names:
+            names: list[str] = [str(n) for n in file]
+            for name in sorted(names, key=lambda n: int(n.rpartition("_")[2])):
                 group = file[name]
+                if not isinstance(group, h5py.Group):
+                    raise ValueError(f"{name} is no group")
                 obs = group["obs"]
                 if not isinstance(obs, h5py.Dataset):
                     raise UserError(

@@ -68,7 +68,7 @@ def _episode(
         rows["obs.state"].append(obs["state"])
         rows["action"].append(action.astype(np.float32)[None])
         obs, reward, terminated, truncated, success = env.step(action.astype(np.float32))
-        rows["reward"].append(np.float32([reward]))
+        rows["reward"].append(np.array([reward], np.float32))
         rows["success"].append(success)
         done = terminated or truncated
     rows["obs.state"].append(obs["state"])

@@ -100,6 +100,7 @@ def write_video(path: Path, episodes: list[list[np.ndarray]]) -> None:
     """Writes episodes side by side as an MP4; shorter ones hold their last frame."""
     length = max(len(e) for e in episodes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with imageio.get_writer(path, fps=FPS, codec="libx264", macro_block_size=2) as writer:
-        for t in range(length):
-            writer.append_data(np.concatenate([e[min(t, len(e) - 1)] for e in episodes], axis=1))
+    frames = [
+        np.concatenate([e[min(t, len(e) - 1)] for e in episodes], axis=1) for t in range(length)
+    ]
+    imageio.mimwrite(path, frames, fps=FPS, codec="libx264", macro_block_size=2)  # type: ignore[arg-type]

@@ -176,6 +176,13 @@ class TestActor:
         actor.eval()
         assert torch.equal(actor(features).mode, actor(features).mode)
 
+    def test_mode_is_the_same_alone_and_draws_nothing(self, name, make_actor, features):
+        actor = make_actor(name).eval()
+        perturb(actor)
+        expected, generator = actor(features).mode, torch.get_rng_state()
+        assert torch.equal(actor.mode(features), expected)
+        assert torch.equal(torch.get_rng_state(), generator)
+
     def test_log_prob_and_gradients_are_finite_when_saturated(self, name, make_actor, features):
         actor = make_actor(name).train()
         with torch.no_grad():

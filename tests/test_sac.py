@@ -226,27 +226,29 @@ def test_anchor_pulls_towards_the_base_action(make_sac, make_batch):
 
 
 def test_anchor_distance_and_q_filter_by_construction(make_sac, make_batch, monkeypatch):
-    """Kept are the rows whose base action scores higher: here, where the first feature is > 0."""
+    """The critic prefers actions near zero: kept are the rows whose anchor is nearer than the mode.
+
+    The anchor is the base action, and the demonstrated action in rows from demonstrations.
+    """
     sac = make_sac("algorithm.anchor.q_filter=true", "actor.type=gaussian")
     batch = make_batch(32)
-    base = batch.features.base_action
-    mode = base + 0.1 * torch.randn_like(base)
-
-    def score(x, action):
-        is_base = (action == base).flatten(1).all(1)
-        return (is_base * torch.where(x[:, 0] > 0, 1.0, -1.0))[None].repeat(2, 1)
-
-    monkeypatch.setattr(sac.q_head, "score", score)
-    distance, kept = sac._anchor(batch, mode.requires_grad_())
-    by_hand = [
-        sum((m - b) ** 2 for m, b in zip(*pair, strict=True))
-        for pair in zip(mode.flatten(1).tolist(), base.flatten(1).tolist(), strict=True)
-    ]
-    torch.testing.assert_close(distance, torch.tensor(by_hand), rtol=1e-4, atol=1e-6)
-    assert torch.equal(kept, (batch.features.vector[:, 0] > 0).float())
-    assert 0 < kept.sum() < 32
+    batch.is_demo[:8] = True
+    mode = (torch.rand(32, 1, 2) * 2 - 1).requires_grad_()
+    monkeypatch.setattr(
+        sac.q_head, "score", lambda x, a: -a.flatten(1).norm(dim=1)[None].repeat(2, 1)
+    )
+    distance, kept = sac._anchor(batch, mode)
+    base, action = batch.features.base_action, batch.action
+    for row in range(32):
+        anchor = (action if row < 8 else base)[row].flatten().tolist()
+        present = mode[row].flatten().tolist()
+        squared = sum((m - a) ** 2 for m, a in zip(present, anchor, strict=True))
+        assert distance[row].item() == pytest.approx(squared, rel=1e-4)
+        assert bool(kept[row]) == (math.hypot(*anchor) < math.hypot(*present))
+    assert 0 < kept[:8].sum() < 8 and 0 < kept[8:].sum() < 24
     (grad,) = torch.autograd.grad((distance * kept).sum(), mode)
-    torch.testing.assert_close(grad, 2 * (mode - base) * kept[:, None, None], rtol=1e-5, atol=1e-6)
+    anchor = torch.cat([action[:8], base[8:]])
+    torch.testing.assert_close(grad, 2 * (mode - anchor) * kept[:, None, None], rtol=1e-5, atol=0)
 
 
 def test_anchor_enters_the_loss_with_its_weight(make_sac, make_batch):

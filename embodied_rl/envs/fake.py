@@ -71,11 +71,13 @@ class FakeVecEnv(VecEnv):
         terminated = success & self._terminates
         truncated = ~terminated & (self._state[:, DIM + 1] >= self.spec.max_episode_steps)
         final = self._obs()
-        for i in np.flatnonzero(terminated | truncated):
+        for i in np.flatnonzero(terminated | truncated).tolist():
             self._start(i, next_seeds[i])
-        flags = [torch.from_numpy(f).to(self.device) for f in (terminated, truncated, success)]
+        ended, cut, reached = (
+            torch.from_numpy(f).to(self.device) for f in (terminated, truncated, success)
+        )
         reward = torch.from_numpy(-distance.astype(np.float32)).to(self.device)
-        self._result = StepResult(self._obs(), reward, *flags, final)
+        self._result = StepResult(self._obs(), reward, ended, cut, reached, final)
 
     def recv(self) -> StepResult:
         """Returns the step that `send` took."""

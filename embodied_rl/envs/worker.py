@@ -147,9 +147,11 @@ class WorkerVecEnv(VecEnv):
     def recv(self) -> StepResult:
         """Waits for every worker."""
         records = self._read_records()
-        flags = [torch.from_numpy(records[name].copy()) for name in FLAGS]
-        reward = torch.from_numpy(records["reward"].copy())
-        return StepResult(self._obs(records, "obs"), reward, *flags, self._obs(records, "final"))
+        reward, terminated, truncated, success = (
+            torch.from_numpy(records[name].copy()) for name in ("reward", *FLAGS)
+        )
+        obs, final = self._obs(records, "obs"), self._obs(records, "final")
+        return StepResult(obs, reward, terminated, truncated, success, final)
 
     def render(self) -> np.ndarray:
         """One frame of every environment."""
