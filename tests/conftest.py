@@ -9,6 +9,7 @@ from embodied_rl.backbones.state import StateBackbone
 from embodied_rl.builders import build_env, build_policy
 from embodied_rl.config import Config
 from embodied_rl.load_config import load_config
+from embodied_rl.replay.store import TrajectoryStore
 from embodied_rl.types import ArraySpec, Batch, EnvSpec, Features, Trajectory
 
 CPU = torch.device("cpu")
@@ -152,3 +153,32 @@ def make_trajectory():
         )
 
     return make
+
+
+@pytest.fixture
+def fake_demos(make_env, tmp_path):
+    """A demonstration folder of the fake environment: six episodes straight to the origin."""
+    folder, limit = tmp_path / "fake_demos", 12
+    store = TrajectoryStore(folder, 6, {"task": "reach"})
+    env = make_env("reach", 1, limit)
+    for seed in range(6):
+        obs = env.reset([seed])["state"]
+        rows = {"obs.state": [], "action": [], "reward": [], "success": []}
+        for _ in range(limit):
+            action = (-obs[:, :2] / 0.2).clamp(-1, 1)
+            env.send(action, [seed])
+            result = env.recv()
+            values = (obs[0], action, result.reward, result.success[0])
+            for name, value in zip(rows, values, strict=True):
+                rows[name].append(value)
+            obs = result.final_obs["state"]
+        for name, last in rows.items():
+            last.append(obs[0] if name == "obs.state" else torch.zeros_like(last[0]))
+        fields = {name: torch.stack(values) for name, values in rows.items()}
+        fields["steps"] = torch.tensor([1] * limit + [0])
+        fields["terminated"] = torch.zeros(limit + 1, dtype=torch.bool)
+        fields["truncated"] = fields["terminated"].clone()
+        fields["truncated"][limit - 1] = True
+        store.append(Trajectory(fields))
+    store.flush()
+    return folder

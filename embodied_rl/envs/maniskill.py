@@ -32,7 +32,11 @@ def make_maniskill(config: EnvConfig, num_envs: int, device: torch.device) -> Ve
         raise UserError(
             f"env.sim_backend={config.sim_backend!r} is not supported. Allowed: physx_cpu."
         )
-    return WorkerVecEnv(ManiSkillEnv, (config,), num_envs, preload=(__name__,))
+    render = check_render()  # here, once: every worker would print the driver's own complaints
+    if not render.ok:
+        raise UserError(f"ManiSkill cannot start: {render.detail}. Cure: {render.cure}")
+    arguments = (config, render.backend)
+    return WorkerVecEnv(ManiSkillEnv, arguments, num_envs, preload=(__name__,))
 
 
 class ManiSkillEnv:
@@ -40,9 +44,13 @@ class ManiSkillEnv:
 
     Observation keys: `state` for obs_mode=state; otherwise the leaves of ManiSkill's nested
     dictionary under dotted names.
+
+    Args:
+        config: task, modes and keyword arguments.
+        render_backend: what renders, "gpu" or "cpu", as `vulkan.check_render` found.
     """
 
-    def __init__(self, config: EnvConfig) -> None:
+    def __init__(self, config: EnvConfig, render_backend: str = "cpu") -> None:
         logger.setLevel(logging.ERROR)  # its warnings on absent GPUs repeat in every worker
         if config.task not in REGISTERED_ENVS:
             raise UserError(
@@ -66,6 +74,7 @@ class ManiSkillEnv:
             "control_mode": config.control_mode,
             "reward_mode": config.reward_mode,
             "sim_backend": config.sim_backend,
+            "render_backend": render_backend,
             "render_mode": "rgb_array",
             "human_render_camera_configs": size,
             **config.kwargs,
@@ -76,9 +85,6 @@ class ManiSkillEnv:
             self._env = gym.make(config.task, **arguments)
             obs, _ = self._env.reset(seed=0)
         except RuntimeError as error:
-            status = check_render()
-            if not status.ok:
-                raise UserError(f"ManiSkill cannot start: {status.detail} {status.cure}") from None
             raise UserError(f"ManiSkill cannot build {config.task}: {error}") from None
         except (AssertionError, KeyError, NotImplementedError, TypeError, ValueError) as error:
             raise UserError(
