@@ -93,7 +93,7 @@ class AnchorConfig:
 
     weight: float = 1.0  # lambda at the start; 0 switches the anchor off
     final_weight: float = 0.0
-    decay_steps: int = 12_000  # environment steps from weight to final_weight, linearly
+    decay_steps: int = 20_000  # environment steps from weight to final_weight, linearly
     q_filter: bool = False  # only where the critic scores the base action higher
 
 
@@ -192,7 +192,7 @@ class EvalConfig:
 class TrainConfig:
     """Length of a run and what it leaves behind."""
 
-    total_steps: int = 30_000  # environment steps
+    total_steps: int = 35_000  # environment steps
     stop_at: Optional[float] = None  # end early once an evaluation's metric reaches this
     checkpoint_interval: int = 2_500  # env steps between checkpoints
     keep_checkpoints: int = 2  # newest checkpoints kept besides the best

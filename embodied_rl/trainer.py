@@ -53,11 +53,8 @@ class Clock:
     def pop(self) -> dict[str, float]:
         """Returns steps and updates per second since the last call."""
         seconds = max(self.seconds, 1e-9)
-        rates = {
-            "steps_per_s": self.steps / seconds,
-            "updates_per_s": self.updates / seconds,
-        }
-        self.__init__()
+        rates = {"steps_per_s": self.steps / seconds, "updates_per_s": self.updates / seconds}
+        self.steps, self.updates, self.seconds = 0, 0, 0.0
         return rates
 
 

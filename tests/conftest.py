@@ -8,25 +8,63 @@ import torch
 from embodied_rl.backbones.state import StateBackbone
 from embodied_rl.builders import build_env, build_policy
 from embodied_rl.config import Config
+from embodied_rl.interfaces import Backbone
 from embodied_rl.load_config import load_config
+from embodied_rl.policy import Policy
 from embodied_rl.replay.store import TrajectoryStore
 from embodied_rl.types import ArraySpec, Batch, EnvSpec, Features, Trajectory
 
 CPU = torch.device("cpu")
+# Pins whatever a test computes with, so that tuning the defaults breaks no test.
 TINY = (
     "env.type=fake",
     "env.task=reach",
     "env.num_envs=2",
+    "env.max_episode_steps=null",
     "policy.path=null",
+    "policy.cache_features=true",
     "algorithm.demo.fraction=0",
     "algorithm.batch_size=16",
+    "algorithm.gamma=0.8",
+    "algorithm.n_step=1",
+    "algorithm.agg_q=min",
+    "algorithm.actor_agg_q=null",
+    "algorithm.backup_entropy=true",
+    "algorithm.bootstrap_type=standard",
+    "algorithm.policy_delay=2",
     "algorithm.critic_warmup_steps=0",
+    "algorithm.anchor.weight=1",
+    "algorithm.anchor.q_filter=true",
+    "algorithm.entropy_tuning.alpha_type=softplus",
+    "algorithm.entropy_tuning.initial_alpha=0.01",
+    "algorithm.entropy_tuning.target_entropy=null",
+    "algorithm.replay_buffer.enable_cache=true",
+    "algorithm.replay_buffer.cache_size=1000",
+    "algorithm.replay_buffer.sample_window_size=1000",
+    "algorithm.replay_buffer.min_buffer_size=2",
     "algorithm.replay_buffer.segment_size=4",
+    "critic.num_critics=2",
     "critic.hidden=[16,16]",
+    "critic.optim.lr=1e-3",
+    "critic.optim.betas=[0.9,0.999]",
+    "critic.optim.clip_grad=null",
+    "critic.batch_renorm.momentum=0.99",
+    "critic.batch_renorm.warmup_steps=100000",
+    "actor.type=gaussian",
     "actor.hidden=[16]",
+    "actor.initial_std=0.15",
+    "actor.batch_renorm=false",
+    "actor.optim.lr=3e-4",
+    "actor.optim.betas=[0.9,0.999]",
+    "actor.optim.clip_grad=null",
+    "rollout.steps=8",
+    "rollout.random_steps=0",
+    "rollout.execute_steps=null",
     "eval.episodes=4",
     "eval.num_envs=2",
     "eval.video=false",
+    "eval.metric=success_once",
+    "train.stop_at=null",
 )
 
 
@@ -182,3 +220,62 @@ def fake_demos(make_env, tmp_path):
         store.append(Trajectory(fields))
     store.flush()
     return folder
+
+
+class Scripted(Backbone):
+    """A policy that is a function: state [B, 4] -> action chunk [B, H, 2]."""
+
+    feature_dim, action_dim = 4, 2
+
+    def __init__(self, script, chunk_size: int) -> None:
+        super().__init__()
+        self.script, self.chunk_size = script, chunk_size
+        self.asked: list[torch.Tensor] = []  # states that a decision was asked for
+
+    def forward(self, obs):
+        self.asked += list(obs["state"])
+        return Features(obs["state"] / 2, self.script(obs["state"]))
+
+    def check_env(self, spec):
+        pass
+
+    def fingerprint(self):
+        return "scripted"
+
+    def config_dict(self):
+        return {}
+
+    @classmethod
+    def from_config(cls, config):
+        raise NotImplementedError
+
+    @classmethod
+    def for_env(cls, spec):
+        raise NotImplementedError
+
+
+@pytest.fixture
+def scripted():
+    """`scripted(function, chunk, execute)`: a policy without weights for the fake environment."""
+
+    def make(script, chunk: int = 1, execute: int | None = None) -> Policy:
+        return Policy(Scripted(script, chunk), "scripted", execute_steps=execute)
+
+    return make
+
+
+@pytest.fixture
+def to_origin():
+    """Straight to the origin, where the fake environment's goal is."""
+    return lambda state: (-state[:, None, :2] / 0.2).clamp(-1, 1)
+
+
+@pytest.fixture
+def through_origin():
+    """To the origin within ten steps, then away from it for good."""
+
+    def script(state):
+        towards = (-state[:, :2] / 0.2).clamp(-1, 1)
+        return torch.where(state[:, 3:] < 10, towards, torch.ones(2))[:, None]
+
+    return script

@@ -282,7 +282,7 @@ def test_anchor_schedule(make_sac):
 @pytest.mark.parametrize("alpha_type", ["softplus", "exp", "fixed_alpha"])
 @pytest.mark.parametrize("initial", [1e-4, 0.01, 1.0, 20.0])
 def test_initial_alpha(alpha_type, initial):
-    assert float(Temperature(alpha_type, initial, -2.0)()) == pytest.approx(initial, rel=1e-5)
+    assert Temperature(alpha_type, initial, -2.0)().item() == pytest.approx(initial, rel=1e-5)
 
 
 @pytest.mark.parametrize("alpha_type", ["softplus", "exp"])
@@ -300,7 +300,7 @@ def test_alpha_moves_towards_the_target_entropy(alpha_type, log_prob, direction)
     optimizer = torch.optim.SGD(temperature.parameters(), lr=0.1)
     temperature.parameter.grad = grad
     optimizer.step()
-    assert (float(temperature()) - 0.1) * direction > 0
+    assert (temperature().item() - 0.1) * direction > 0
 
 
 def test_fixed_alpha_is_never_trained(make_sac, make_batch):
