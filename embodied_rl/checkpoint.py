@@ -55,11 +55,11 @@ class Checkpoints:
         Raises:
             UserError: the disk is full or the folder cannot be written; older ones stay.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         final = self.folder / f"step_{step:09d}"
         temporary = self.folder / f".{final.name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             temporary.mkdir()
             tensors: dict[str, Tensor] = {}
             tree = _split({k: p.state_dict() for k, p in self.parts.items()}, "", tensors)
@@ -74,7 +74,7 @@ class Checkpoints:
             self._link(LAST, final)
             if best:
                 self._link(BEST, final)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own
             shutil.rmtree(temporary, ignore_errors=True)
             raise UserError(
                 f"cannot write the checkpoint {final}: {error}. Older checkpoints are intact; free "
@@ -93,7 +93,7 @@ class Checkpoints:
         for folder in sorted(self.folder.glob("step_*"), reverse=True):
             try:
                 state, step = _read(folder)
-            except (OSError, ValueError, KeyError, SafetensorError) as error:
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 problems.append(f"{folder.name}: {error}")
                 continue
             try:
@@ -136,8 +136,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], int]:
 def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """Moves the tensors of a nested state into `tensors`, leaving references."""
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().cpu().clone().contiguous()
-        return {"$tensor": path}
+        name = f"{len(tensors):05d}{path}"  # the number keeps names apart whatever the keys hold
+        tensors[name] = value.detach().cpu().clone().contiguous()
+        return {"$tensor": name}
     if isinstance(value, dict):
         return {"$dict": [[k, _split(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, list | tuple):

@@ -39,6 +39,8 @@ def prepare_folder(path: Path, overwrite: bool) -> Path:
     Raises:
         UserError: it holds files and `overwrite` is false.
     """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"out={path} is a file. Name a folder.")
     if path.exists() and any(path.iterdir()):
         if not overwrite:
             raise UserError(f"out={path} is not empty. Name another folder or set overwrite=true.")

@@ -125,7 +125,7 @@ def _read_yaml(path: Path) -> DictConfig:
         raise UserError(f"config={path}: no such file.")
     try:
         loaded = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"config={path} is not valid YAML: {error}") from None
     return OmegaConf.create({}) if loaded is None else loaded  # type: ignore[return-value]
 

@@ -106,7 +106,7 @@ class Policy(nn.Module):
             policy = cls(
                 backbone, backbone_type, actor, actor_type, config["env"], config["execute_steps"]
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"{folder / CONFIG} does not describe a policy ({type(error).__name__}: {error}). "
                 "Restore the file, or make the policy anew with python -m embodied_rl.pretrain."

@@ -18,6 +18,8 @@ def main(args: list[str]) -> int:
     config, given = _read(args)
     resume = config.resume is not None
     run_dir = Path(config.resume or config.run_dir or _new_name(config))
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"run_dir={run_dir} is a file. Name a folder.")
     if not resume and run_dir.exists() and any(run_dir.iterdir()):
         raise UserError(
             f"run_dir={run_dir} is not empty. Continue that run with resume={run_dir}, or name "

@@ -49,14 +49,14 @@ RANGES: dict[str, tuple[str, float, float, str]] = {
     "num_critics": ("[", 1, 100, "]"),
     "hidden": ("[", 1, INF, ")"),
     "betas": ("[", 0, 1, ")"),
-    "initial_std": ("(", 0, 1, "]"),
+    "initial_std": ("[", 0.01, 1, "]"),
     "residual_scale": ("(", 0, 2, "]"),
     "residual_ramp_steps": ("[", 0, INF, ")"),
     "anchor.weight": ("[", 0, INF, ")"),
     "anchor.final_weight": ("[", 0, INF, ")"),
     "decay_steps": ("[", 0, INF, ")"),
     "demo.fraction": ("[", 0, 1, ")"),
-    "initial_alpha": ("(", 0, INF, ")"),
+    "initial_alpha": ("(", 0, 100, "]"),
     "group_size": ("[", 1, 1, "]"),
     "update_epoch": ("[", 1, INF, ")"),
     "batch_size": ("[", 2, INF, ")"),
@@ -115,6 +115,10 @@ def validate(config: Any) -> None:
         if interval is not None:
             for number in value if isinstance(value, list) else [value]:
                 _check_range(key, number, interval)
+        if key.endswith("betas") and len(value) != 2:
+            raise UserError(
+                f"{key}={value} has {len(value)} entries. Allowed: two, each in [0, 1)."
+            )
     if isinstance(config, Config):
         _check_together(config)
 

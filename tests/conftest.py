@@ -1,6 +1,8 @@
 """Fixtures that the tests share: tiny configs, a batch maker, trajectories, a small policy."""
 
+import copy
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -82,8 +84,12 @@ def seeded():
 def make_config():
     """`make_config("algorithm.gamma=0.5", ...)`: a small config on the fake environment."""
 
-    def make(*overrides: str) -> Config:
+    @functools.cache
+    def load(*overrides: str) -> Config:
         return load_config(Config, [*TINY, *overrides])[0]
+
+    def make(*overrides: str) -> Config:
+        return copy.deepcopy(load(*overrides))
 
     return make
 

@@ -299,7 +299,6 @@ def test_run_dir_in_use(call, tmp_path):
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.xfail(strict=True, reason="bug: iterdir on a file gives a traceback")
 def test_run_dir_is_a_file(call, tmp_path):
     (tmp_path / "mine").write_text("a file")
     assert_refused(call("train", *FAST, "run_dir=mine"), tmp_path, "run_dir=mine")

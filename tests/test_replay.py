@@ -340,18 +340,13 @@ def test_mixed_resume(make_replay, make_trajectory):
     assert same_batch(again.sample(8), expected)
 
 
-FIRST_LOST = pytest.mark.xfail(
-    strict=True, reason="bug: _field_names reads trajectory 0, whose file is gone"
-)
-
-
 @pytest.mark.parametrize(
     ("cache", "lost"),
     [
         ("enable_cache=true", 0),
         ("enable_cache=true", 1),
         ("enable_cache=false", 1),
-        pytest.param("enable_cache=false", 0, marks=FIRST_LOST),
+        ("enable_cache=false", 0),
     ],
 )
 def test_resume_goes_on_without_a_damaged_segment(
@@ -470,7 +465,6 @@ def test_damaged_demonstrations_are_refused(tmp_path, make_trajectory):
         read_all(tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: appends to the torn line")
 def test_torn_index_line_costs_only_its_own_segment(tmp_path, make_trajectory):
     made = write(tmp_path, make_trajectory, [2] * 4)
     index = tmp_path / "index.jsonl"
@@ -538,7 +532,6 @@ def full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.xfail(strict=True, reason="bug: safetensors raises SafetensorError, not OSError")
 def test_full_disk_is_told_and_the_store_stays_readable(tmp_path, make_trajectory, full_disk):
     made = write(tmp_path, make_trajectory, [2] * 2)
     store = open_store(tmp_path, size=1)

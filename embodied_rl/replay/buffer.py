@@ -149,7 +149,8 @@ class TrajectoryReplay(ReplayBuffer):
         if self._cache is not None:
             return list(self._cache.fields)
         assert self.store is not None
-        return list(self.store.read_rows(0, 0, 0))
+        held = next(i for i, length in enumerate(self._lengths) if length)
+        return list(self.store.read_rows(held, 0, 0))
 
     def _refresh_window(self) -> None:
         newest = np.asarray(self._lengths[-self.window :], np.int64)

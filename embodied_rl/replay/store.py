@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -121,7 +121,7 @@ class TrajectoryStore:
                 index.write(json.dumps(vars(segment)) + "\n")
                 index.flush()
                 os.fsync(index.fileno())
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
             raise UserError(
                 f"cannot write replay to {self.folder}: {error}. Free some space (df -h), then "
@@ -172,14 +172,17 @@ class TrajectoryStore:
             raise UserError(f"{self.folder}: trajectory {count} is inside a segment.")
         dropped = self._segments[kept:]
         self._segments, self._places = self._segments[:kept], self._places[:count]
+        self._write_index()
+        self._open_files.clear()
+        for segment in dropped:
+            (self.folder / segment.file).unlink(missing_ok=True)
+
+    def _write_index(self) -> None:
         temporary = self.folder / f"{INDEX}.tmp"
         lines = "".join(json.dumps(vars(s)) + "\n" for s in self._segments)
         temporary.write_text(lines, encoding="utf-8")
         _fsync(temporary)
         temporary.rename(self.folder / INDEX)
-        self._open_files.clear()
-        for segment in dropped:
-            (self.folder / segment.file).unlink(missing_ok=True)
 
     def _check_meta(self, meta: dict[str, Any]) -> None:
         path = self.folder / META
@@ -201,11 +204,13 @@ class TrajectoryStore:
         path = self.folder / INDEX
         if not path.exists():
             return
+        torn = False
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 segment = Segment(**json.loads(line))
             except (ValueError, TypeError):
                 self.problems.append(f"index line unreadable: {line[:60]!r}.")
+                torn = True
                 continue
             file = self.folder / segment.file
             lost = f"{len(segment.lengths)} trajectories are lost."
@@ -221,6 +226,8 @@ class TrajectoryStore:
                 self._places.append(Place(len(self._segments), row, length if usable else 0))
                 row += length + 1
             self._segments.append(segment)
+        if torn:  # the next line would otherwise be appended to the torn one
+            self._write_index()
 
 
 def read_all(folder: Path) -> list[Trajectory]:
