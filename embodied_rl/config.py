@@ -93,7 +93,7 @@ class AnchorConfig:
 
     weight: float = 1.0  # lambda at the start; 0 switches the anchor off
     final_weight: float = 0.0
-    decay_steps: int = 20_000  # environment steps from weight to final_weight, linearly
+    decay_steps: int = 15_000  # environment steps from weight to final_weight, linearly
     q_filter: bool = False  # only where the critic scores the base action higher
 
 
