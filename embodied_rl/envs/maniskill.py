@@ -109,7 +109,14 @@ class ManiSkillEnv:
 
     @torch.inference_mode()  # the simulator's many small tensor operations run a sixth faster
     def reset(self, seed: int) -> dict[str, np.ndarray]:
-        """Starts the episode that `seed` determines."""
+        """Starts the episode that `seed` determines, whatever came before.
+
+        ManiSkill's contacts are those of the last simulated step, so the first observation after a
+        plain reset still shows the previous episode's grasp. One step from the new state refreshes
+        them; the second reset takes that step back.
+        """
+        self._env.reset(seed=seed)
+        self._env.unwrapped.scene.step()  # type: ignore[attr-defined]
         return _flat(self._env.reset(seed=seed)[0])
 
     @torch.inference_mode()
