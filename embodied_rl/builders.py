@@ -133,7 +133,7 @@ def build_replay(
     online = TrajectoryReplay(store, algorithm, encode, device, seed=config.seed)
     path = find_demos(algorithm.demo.path, config.policy.path)
     if path is None or algorithm.demo.fraction == 0:
-        return online  # `train` tells the user when there are none
+        return online
     trajectories = read_demos(path)
     check_demos(path, trajectories, policy)
     if config.policy.cache_features:

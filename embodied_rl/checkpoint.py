@@ -68,9 +68,12 @@ class Checkpoints:
             (temporary / STATE).write_text(json.dumps(document), encoding="utf-8")
             policy.save_pretrained(temporary / POLICY)
             _fsync_tree(temporary)
+            replaced = self.folder / f".{final.name}.old.tmp"
+            shutil.rmtree(replaced, ignore_errors=True)
             if final.exists():  # the same step again, after a resume that made no progress
-                shutil.rmtree(final)
+                final.rename(replaced)
             temporary.rename(final)
+            shutil.rmtree(replaced, ignore_errors=True)
             self._link(LAST, final)
             if best:
                 self._link(BEST, final)

@@ -226,7 +226,8 @@ class EvaluateConfig:
     seed: int = 0
     device: str = "auto"
     out: Optional[str] = None  # folder for video and scores; null: evaluations/<policy>_<time>
-    deterministic: bool = True
+    overwrite: bool = False
+    deterministic: bool = True  # act with the mode; false: sample
     env: EnvConfig = field(default_factory=EnvConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     threads: int = 1

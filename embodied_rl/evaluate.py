@@ -35,7 +35,7 @@ def main(args: list[str]) -> int:
             setattr(config.env, key, value)
     name = Path(config.policy).resolve().name
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    out = Path(config.out or f"evaluations/{name}_{stamp}")
+    out = cli.prepare_folder(Path(config.out or f"evaluations/{name}_{stamp}"), config.overwrite)
     env = builders.build_env(config.env, config.eval.num_envs, device)
     try:
         policy.backbone.check_env(env.spec)

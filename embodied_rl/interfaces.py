@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from embodied_rl.config import ActorConfig, AlgorithmConfig, BatchRenormConfig, CriticConfig
 from embodied_rl.types import ActionSample, Batch, EnvSpec, Features, Obs, StepResult, Trajectory
@@ -68,7 +69,15 @@ class Backbone(nn.Module, ABC):
 
 
 class ActorAdapter(nn.Module, ABC):
-    """A trainable policy on top of a backbone's features."""
+    """A trainable policy on top of a backbone's features.
+
+    Args:
+        config: JSON-able arguments of the subclass's constructor, `renorm` among them.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self._config = config
 
     @abstractmethod
     def forward(self, features: Features) -> ActionSample:
@@ -83,14 +92,17 @@ class ActorAdapter(nn.Module, ABC):
         del env_steps
         return self(features)
 
-    @abstractmethod
     def config_dict(self) -> dict[str, Any]:
         """JSON-able arguments that rebuild the module."""
+        return dict(self._config)
 
     @classmethod
-    @abstractmethod
-    def from_config(cls, config: dict[str, Any]) -> ActorAdapter:
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """Rebuilds the (untrained) module from `config_dict`."""
+        arguments = dict(config)
+        if arguments["renorm"] is not None:
+            arguments["renorm"] = BatchRenormConfig(**arguments["renorm"])
+        return cls(**arguments)
 
     @classmethod
     @abstractmethod

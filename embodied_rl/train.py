@@ -29,6 +29,8 @@ def main(args: list[str]) -> int:
     import torch  # after the arguments were checked: a typo should not wait for imports
 
     from embodied_rl import builders
+    from embodied_rl.demonstrations import find_demos
+    from embodied_rl.policy import find_policy
     from embodied_rl.registry import Q_HEADS
     from embodied_rl.stopping import StopRequest
     from embodied_rl.trainer import Trainer
@@ -38,10 +40,14 @@ def main(args: list[str]) -> int:
     device = builders.build_device(config.device)
     for key in sorted(given & set(Q_HEADS.get(config.algorithm.q_head_type).unused_keys)):
         print(f"note: {key} has no effect with q_head_type={config.algorithm.q_head_type}")
-    if config.policy.path is not None:  # fails early, before simulators start
-        from embodied_rl.policy import find_policy
-
-        find_policy(config.policy.path)
+    if config.policy.path is not None:
+        find_policy(config.policy.path)  # fails early, before simulators start
+    demo = config.algorithm.demo
+    if demo.fraction > 0 and find_demos(demo.path, config.policy.path) is None:
+        print(
+            f"note: no demonstrations, so algorithm.demo.fraction={demo.fraction} has no effect; "
+            "name some with algorithm.demo.path"
+        )
     env = builders.build_env(config.env, config.env.num_envs, device)
     try:
         with StopRequest() as stop:

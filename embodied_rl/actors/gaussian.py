@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,15 +40,16 @@ class GaussianActor(ActorAdapter):
         initial_std: float = 0.15,
         renorm: BatchRenormConfig | None = None,
     ) -> None:
-        super().__init__()
-        self._config: dict[str, Any] = {
-            "feature_dim": feature_dim,
-            "chunk_size": chunk_size,
-            "action_dim": action_dim,
-            "hidden": list(hidden),
-            "initial_std": initial_std,
-            "renorm": vars(renorm) if renorm is not None else None,
-        }
+        super().__init__(
+            {
+                "feature_dim": feature_dim,
+                "chunk_size": chunk_size,
+                "action_dim": action_dim,
+                "hidden": list(hidden),
+                "initial_std": initial_std,
+                "renorm": vars(renorm) if renorm is not None else None,
+            }
+        )
         self.net = mlp(feature_dim, hidden, 2 * chunk_size * action_dim, renorm=renorm)
         tanh_normal.start_at(self.net, math.log(initial_std))
 
@@ -68,18 +68,6 @@ class GaussianActor(ActorAdapter):
     def mode(self, features: Features) -> Tensor:
         """Returns tanh(mu)."""
         return torch.tanh(self.distribution(features)[0])
-
-    def config_dict(self) -> dict[str, Any]:
-        """The constructor's arguments."""
-        return dict(self._config)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> GaussianActor:
-        """Rebuilds the module from `config_dict`."""
-        arguments = dict(config)
-        if arguments["renorm"] is not None:
-            arguments["renorm"] = BatchRenormConfig(**arguments["renorm"])
-        return cls(**arguments)
 
     @classmethod
     def for_backbone(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,17 +42,18 @@ class ResidualActor(ActorAdapter):
         initial_std: float = 0.15,
         renorm: BatchRenormConfig | None = None,
     ) -> None:
-        super().__init__()
-        self._config: dict[str, Any] = {
-            "feature_dim": feature_dim,
-            "chunk_size": chunk_size,
-            "action_dim": action_dim,
-            "hidden": list(hidden),
-            "scale": scale,
-            "ramp_steps": ramp_steps,
-            "initial_std": initial_std,
-            "renorm": vars(renorm) if renorm is not None else None,
-        }
+        super().__init__(
+            {
+                "feature_dim": feature_dim,
+                "chunk_size": chunk_size,
+                "action_dim": action_dim,
+                "hidden": list(hidden),
+                "scale": scale,
+                "ramp_steps": ramp_steps,
+                "initial_std": initial_std,
+                "renorm": vars(renorm) if renorm is not None else None,
+            }
+        )
         self.scale, self.ramp_steps = scale, ramp_steps
         size = chunk_size * action_dim
         self.net = mlp(feature_dim + size, hidden, 2 * size, renorm=renorm)
@@ -89,18 +89,6 @@ class ResidualActor(ActorAdapter):
         apply = torch.rand(base.shape[0], 1, 1, device=base.device) < env_steps / self.ramp_steps
         action = torch.where(apply, corrected.action, base)
         return ActionSample(action, corrected.log_prob, corrected.mode)
-
-    def config_dict(self) -> dict[str, Any]:
-        """The constructor's arguments."""
-        return dict(self._config)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> ResidualActor:
-        """Rebuilds the module from `config_dict`."""
-        arguments = dict(config)
-        if arguments["renorm"] is not None:
-            arguments["renorm"] = BatchRenormConfig(**arguments["renorm"])
-        return cls(**arguments)
 
     @classmethod
     def for_backbone(
