@@ -64,8 +64,9 @@ class GymnasiumEnv:
     def _obs(self, obs: np.ndarray) -> dict[str, np.ndarray]:
         return {"state": np.asarray(obs, np.float32).ravel()}
 
-    def reset(self, seed: int) -> dict[str, np.ndarray]:
-        """Starts the episode that `seed` determines."""
+    def reset(self, seed: int, *, rebuild: bool = False) -> dict[str, np.ndarray]:
+        """Starts the episode that `seed` determines; gymnasium has nothing to rebuild."""
+        del rebuild
         return self._obs(self._env.reset(seed=seed)[0])
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, bool]:

@@ -108,14 +108,14 @@ class ManiSkillEnv:
         return int(limit)
 
     @torch.inference_mode()  # the simulator's many small tensor operations run a sixth faster
-    def reset(self, seed: int) -> dict[str, np.ndarray]:
-        """Starts the episode that `seed` determines, whatever came before.
+    def reset(self, seed: int, *, rebuild: bool = False) -> dict[str, np.ndarray]:
+        """Starts the episode that `seed` determines; `rebuild` makes the whole scene anew.
 
         ManiSkill's contacts are those of the last simulated step, so the first observation after a
         plain reset still shows the previous episode's grasp. One step from the new state refreshes
         them; the second reset takes that step back.
         """
-        self._env.reset(seed=seed)
+        self._env.reset(seed=seed, options={"reconfigure": rebuild})
         self._env.unwrapped.scene.step()  # type: ignore[attr-defined]
         return _flat(self._env.reset(seed=seed)[0])
 

@@ -31,8 +31,12 @@ class SingleEnv(Protocol):
 
     spec: EnvSpec
 
-    def reset(self, seed: int) -> dict[str, np.ndarray]:
-        """Starts the episode that `seed` determines."""
+    def reset(self, seed: int, *, rebuild: bool = False) -> dict[str, np.ndarray]:
+        """Starts the episode that `seed` determines.
+
+        `rebuild` leaves nothing of earlier episodes in the simulator, so that an evaluation has
+        the same outcome whatever ran before it.
+        """
         ...
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, bool]:
@@ -252,7 +256,7 @@ def _serve(pipe: Connection, env: SingleEnv) -> None:
             pipe.send_bytes(np.ascontiguousarray(frame).tobytes())
             continue
         if message["do"] == "reset":
-            put("obs", env.reset(message["seed"]))
+            put("obs", env.reset(message["seed"], rebuild=True))
         else:
             obs, reward, *flags = env.step(np.asarray(message["action"], np.float32))
             record["reward"] = reward
