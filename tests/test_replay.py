@@ -1,5 +1,6 @@
 """Store, cache and sampling, with trajectories whose rows say where they come from."""
 
+import contextlib
 import dataclasses
 import json
 import resource
@@ -520,23 +521,24 @@ def test_not_a_store(tmp_path):
         read_all(tmp_path)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
-    """Files cannot grow beyond 512 bytes: what a full disk does to a write."""
+    """Files cannot grow beyond 512 bytes: what a full disk does to a write.
+
+    Not a fixture: pytest reports between a test and its teardown, perhaps into a file itself.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    def fill_up():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (512, hard))
 
-    yield fill_up
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_full_disk_is_told_and_the_store_stays_readable(tmp_path, make_trajectory, full_disk):
+def test_full_disk_is_told_and_the_store_stays_readable(tmp_path, make_trajectory):
     made = write(tmp_path, make_trajectory, [2] * 2)
     store = open_store(tmp_path, size=1)
-    full_disk()
-    with pytest.raises(UserError, match=r"cannot write replay to .*resume="):
+    with full_disk(), pytest.raises(UserError, match=r"cannot write replay to .*resume="):
         store.append(make_trajectory(2, 500))
     assert not list(tmp_path.glob("*.tmp"))
     assert equal(store.read(1), made[1]) and store.length(2) == 500
