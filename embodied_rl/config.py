@@ -47,7 +47,7 @@ class BatchRenormConfig:
     eps: float = 1e-3
     r_max: float = 3.0
     d_max: float = 5.0
-    warmup_steps: int = 5_000  # training-mode forwards with r = 1, d = 0
+    warmup_steps: int = 5_000  # training forwards with r = 1, d = 0; the paper's long runs: 1e5
 
 
 @dataclass
@@ -81,20 +81,21 @@ class ActorConfig:
     initial_std: float = 0.15  # exploration noise before any learning, in action units
     batch_renorm: bool = False  # Batch Renormalisation in the actor's hidden layers too
     residual_scale: float = 0.1  # residual only: xi in a = clip(a_base + xi * delta)
-    residual_ramp_steps: int = (
-        10_000  # residual only: delta applied with probability min(1, t/ramp)
-    )
+    residual_ramp_steps: int = 10_000  # residual only: delta's probability is min(1, t / this)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
 
 
 @dataclass
 class AnchorConfig:
-    """Keeps the actor near the pretrained policy: lambda * |a_mode - a_base|^2."""
+    """Keeps the actor near the pretrained policy: lambda * |a_mode - anchor|^2.
+
+    The anchor is the pretrained action, in demonstration rows the demonstrated one.
+    """
 
     weight: float = 1.0  # lambda at the start; 0 switches the anchor off
     final_weight: float = 0.0
     decay_steps: int = 15_000  # environment steps from weight to final_weight, linearly
-    q_filter: bool = False  # only where the critic scores the base action higher
+    q_filter: bool = False  # only where the critic scores the anchor higher than the mode
 
 
 @dataclass

@@ -190,7 +190,10 @@ class VecEnv(ABC):
 
     @abstractmethod
     def reset(self, seeds: Sequence[int]) -> Obs:
-        """Starts a new episode in every environment, each from its own seed."""
+        """Starts a new episode in every environment, each from its own seed.
+
+        What ran before leaves no trace: an evaluation starts here.
+        """
 
     @abstractmethod
     def send(self, actions: Tensor, next_seeds: Sequence[int]) -> None:
