@@ -107,7 +107,9 @@ def build_sac(config: Config, policy: Policy, q_head: QHead, device: torch.devic
     target = tuning.target_entropy
     if target is None:
         target = -float(backbone.chunk_size * backbone.action_dim)
-    temperature = Temperature(tuning.alpha_type, tuning.initial_alpha, target).to(device)
+    temperature = Temperature(tuning.alpha_type, tuning.initial_alpha, target, tuning.objective).to(
+        device
+    )
     return SAC(policy.actor, q_head, temperature, LocalEngine(), config)
 
 

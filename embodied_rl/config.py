@@ -41,13 +41,21 @@ class PolicyConfig:
 
 @dataclass
 class BatchRenormConfig:
-    """Batch Renormalisation (Ioffe 2017) as CrossQ uses it."""
+    """Batch Renormalisation (Ioffe 2017) as CrossQ uses it.
+
+    The last five keys reproduce other implementations; their defaults are the paper's.
+    """
 
     momentum: float = 0.99  # running <- momentum * running + (1 - momentum) * batch
     eps: float = 1e-3
     r_max: float = 3.0
     d_max: float = 5.0
     warmup_steps: int = 5_000  # training forwards with r = 1, d = 0; the paper's long runs: 1e5
+    ramp_steps: int = 0  # forwards over which the bounds then grow to r_max and d_max (SLM-Lab)
+    variance: str = "biased"  # biased | unbiased (sb3-contrib)
+    form: str = "unfolded"  # unfolded | folded: r and d inside the root (sb3-contrib, sbx)
+    on_input: bool = True  # normalise the network's input too; false: SLM-Lab
+    order: str = "after"  # after | before the activation (SLM-Lab)
 
 
 @dataclass
@@ -80,6 +88,9 @@ class ActorConfig:
     hidden: list[int] = field(default_factory=lambda: [256, 256])
     initial_std: float = 0.15  # exploration noise before any learning, in action units
     batch_renorm: bool = False  # Batch Renormalisation in the actor's hidden layers too
+    # evaluated and saved is a running average of the weights; this is the old average's weight in
+    # each actor update; 0: the latest weights
+    average_decay: float = 0.999
     residual_scale: float = 0.1  # residual only: xi in a = clip(a_base + xi * delta)
     residual_ramp_steps: int = 10_000  # residual only: delta's probability is min(1, t / this)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
@@ -124,6 +135,7 @@ class EntropyTuningConfig:
     alpha_type: str = "softplus"  # softplus | exp | fixed_alpha
     initial_alpha: float = 0.005
     target_entropy: Optional[float] = None  # null: -(action_dim * chunk length)
+    objective: str = "alpha"  # alpha | log_alpha (stable-baselines3, sbx): factor in the loss
     optim: TemperatureOptimConfig = field(default_factory=TemperatureOptimConfig)
 
 

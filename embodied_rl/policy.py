@@ -48,6 +48,11 @@ class Policy(nn.Module):
         self.env = env or {}
         self.execute_steps = min(execute_steps or backbone.chunk_size, backbone.chunk_size)
 
+    def with_actor(self, actor: ActorAdapter | None) -> Policy:
+        """Returns the policy with another actor on the same backbone, or with none."""
+        kind = None if actor is None else self.actor_type
+        return Policy(self.backbone, self.backbone_type, actor, kind, self.env, self.execute_steps)
+
     @torch.no_grad()
     def act(self, obs: Obs, *, deterministic: bool = True) -> Tensor:
         """Returns action chunks [B, H, A] in [-1, 1] for observations [B, ...]."""

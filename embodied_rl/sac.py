@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from embodied_rl.averaging import WeightAverage
 from embodied_rl.config import AlgorithmConfig, Config
 from embodied_rl.interfaces import ActorAdapter, QHead, UpdateEngine
 from embodied_rl.schedules import linear
@@ -41,6 +42,7 @@ class SAC:
         self.config: AlgorithmConfig = config.algorithm
         self.actor, self.q_head, self.temperature = actor, q_head, temperature
         self.engine = engine
+        self.average = WeightAverage(actor, config.actor.average_decay)
         self.critic_updates = 0
         self._critic = engine.attach("critic", q_head.critic_parameters(), config.critic.optim)
         self._actor = engine.attach("actor", actor.parameters(), config.actor.optim)
@@ -86,7 +88,7 @@ class SAC:
             batch.features.vector, batch.action, batch.next_features.vector, following.action
         )
         target = self.td_target(batch, next_q, following.log_prob)
-        loss = 0.5 * (q - target).square().mean()
+        loss = 0.5 * (q - target).square().mean(1).sum()
         norm = self.engine.step(self._critic, loss)
         self.q_head.after_update()
         return {
@@ -110,6 +112,7 @@ class SAC:
             metrics["anchor/distance"] = distance.detach().mean()
             metrics["anchor/kept"] = kept.mean()
         norm = self.engine.step(self._actor, loss)
+        self.average.update()
         metrics |= {"actor/loss": loss.detach(), "actor/grad_norm": norm}
         metrics["anchor/weight"] = loss.new_tensor(anchor_weight)
         if self._temperature is not None:
@@ -143,6 +146,7 @@ class SAC:
         """Weights, statistics, optimiser moments and counters."""
         return {
             "actor": self.actor.state_dict(),
+            "average": self.average.state_dict(),
             "q_head": self.q_head.state_dict(),
             "temperature": self.temperature.state_dict(),
             "engine": self.engine.state_dict(),
@@ -152,6 +156,7 @@ class SAC:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         self.actor.load_state_dict(state["actor"])
+        self.average.load_state_dict(state["average"])
         self.q_head.load_state_dict(state["q_head"])
         self.temperature.load_state_dict(state["temperature"])
         self.engine.load_state_dict(state["engine"])

@@ -65,7 +65,7 @@ class Trainer:
         config: the run's config.
         run_dir: an existing run folder.
         env: training environments.
-        policy: backbone and actor.
+        policy: backbone and actor; what is evaluated and saved is its average over updates.
         device: where networks live.
         stop: asked after every iteration.
     """
@@ -83,6 +83,7 @@ class Trainer:
         self.device, self.stop = device, stop
         q_head = builders.build_q_head(config, policy, device)
         self.sac = builders.build_sac(config, policy, q_head, device)
+        self.averaged = policy.with_actor(self.sac.average.module)
         self.replay = builders.build_replay(config, policy, run_dir / "replay", device)
         self.collector = Collector(
             env,
@@ -198,7 +199,7 @@ class Trainer:
 
     def _evaluate(self, video: Path | None = None) -> None:
         """Scores the policy on the learning curve's seeds."""
-        summary = self._score(self.policy, self.config.eval.seed, video).summary
+        summary = self._score(self.averaged, self.config.eval.seed, video).summary
         score = summary[self.config.eval.metric]
         self.logger.write(self.step, {f"eval/{k}": v for k, v in summary.items()})
         self.logger.show(self.step, success=f"{summary['success_once']:.0%}")
@@ -227,7 +228,7 @@ class Trainer:
     def _save(self) -> None:
         self.progress.seconds = time.monotonic() - self._opened
         self.logger.sync()
-        self.checkpoints.save(self.step, self.policy, best=self._improved)
+        self.checkpoints.save(self.step, self.averaged, best=self._improved)
         self._improved = False
 
     def _finish(self) -> dict[str, Any]:
@@ -235,11 +236,7 @@ class Trainer:
         final_seed = self.config.eval.final_seed
         self.logger.say("comparing the pretrained and the best policy on held-out episodes ...")
         if self.config.policy.path is None:
-            start = Policy(
-                self.policy.backbone,
-                self.policy.backbone_type,
-                execute_steps=self.policy.execute_steps,
-            )
+            start = self.policy.with_actor(None)
         else:
             start = Policy.from_pretrained(self.config.policy.path).to(self.device)
         before = self._score(start, final_seed, None).summary

@@ -17,6 +17,9 @@ CHOICES: dict[str, list[str]] = {
     "backbone": BACKBONES.names,
     "actor.type": ACTORS.names,
     "algorithm.q_head_type": Q_HEADS.names,
+    "critic.batch_renorm.variance": ["biased", "unbiased"],
+    "critic.batch_renorm.form": ["unfolded", "folded"],
+    "critic.batch_renorm.order": ["after", "before"],
     "algorithm.adv_type": ["embodied_sac"],
     "algorithm.loss_type": ["embodied_sac"],
     "algorithm.loss_agg_func": ["token-mean"],
@@ -24,6 +27,7 @@ CHOICES: dict[str, list[str]] = {
     "algorithm.actor_agg_q": ["min", "mean"],
     "algorithm.bootstrap_type": ["standard", "always"],
     "algorithm.entropy_tuning.alpha_type": ["softplus", "exp", "fixed_alpha"],
+    "algorithm.entropy_tuning.objective": ["alpha", "log_alpha"],
     "eval.metric": ["success_once", "success_at_end", "return"],
     **{
         f"{owner}.lr_scheduler": ["torch_constant", "linear", "cosine"]
@@ -42,6 +46,7 @@ RANGES: dict[str, tuple[str, float, float, str]] = {
     "r_max": ("[", 1, INF, "]"),
     "d_max": ("[", 0, INF, "]"),
     "warmup_steps": ("[", 0, INF, ")"),
+    "ramp_steps": ("[", 0, INF, ")"),
     "lr": ("[", 0, 1, "]"),
     "final_lr": ("[", 0, 1, "]"),
     "weight_decay": ("[", 0, 1, "]"),
@@ -50,6 +55,7 @@ RANGES: dict[str, tuple[str, float, float, str]] = {
     "hidden": ("[", 1, INF, ")"),
     "betas": ("[", 0, 1, ")"),
     "initial_std": ("[", 0.01, 1, "]"),
+    "average_decay": ("[", 0, 1, ")"),
     "residual_scale": ("(", 0, 2, "]"),
     "residual_ramp_steps": ("[", 0, INF, ")"),
     "anchor.weight": ("[", 0, INF, ")"),

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from embodied_rl.backbones.state import StateBackbone
-from embodied_rl.builders import build_env, build_policy
+from embodied_rl.builders import build_env, build_policy, build_q_head, build_sac
 from embodied_rl.config import Config
 from embodied_rl.interfaces import Backbone
 from embodied_rl.load_config import load_config
 from embodied_rl.policy import Policy
 from embodied_rl.replay.store import TrajectoryStore
+from embodied_rl.sac import SAC
 from embodied_rl.types import ArraySpec, Batch, EnvSpec, Features, Trajectory
 
 CPU = torch.device("cpu")
@@ -129,6 +130,19 @@ def make_policy(make_config, spec):
 
     def make(*overrides: str):
         return build_policy(make_config(*overrides), spec, CPU)
+
+    return make
+
+
+@pytest.fixture
+def make_sac(make_config, make_policy):
+    """The learner around `make_policy`; equal overrides give equal weights."""
+
+    def make(*overrides: str) -> SAC:
+        config = make_config(*overrides)
+        torch.manual_seed(0)
+        policy = make_policy(*overrides)
+        return build_sac(config, policy, build_q_head(config, policy, CPU), CPU)
 
     return make
 

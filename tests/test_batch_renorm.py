@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from embodied_rl.batch_renorm import BatchRenorm
 from embodied_rl.config import BatchRenormConfig
-from embodied_rl.nn import BatchRenorm, mlp
+from embodied_rl.nn import mlp
 
 pytestmark = pytest.mark.unit
 F64 = {"rtol": 1e-12, "atol": 1e-12}
@@ -94,7 +95,8 @@ def test_settings_are_used():
     # std 1.25^.5 both: r = 1; d = 1 / 1.25^.5 clipped to 0.1
     expected = torch.tensor([[-1 / 1.25**0.5 + 0.1], [1 / 1.25**0.5 + 0.1]], dtype=torch.float64)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=0)
-    assert float(made.running_mean) == 0.5 and float(made.running_var) == 1.0
+    assert float(made.running_mean) == 0.5
+    assert float(made.running_var) == pytest.approx(1.0, rel=1e-12)
     made.running_var.fill_(15.75)  # running std 4, batch std 1.25^.5: r clipped to 1 / r_max = 1
     made.running_mean.fill_(1.0)
     expected = torch.tensor([[-1 / 1.25**0.5], [1 / 1.25**0.5]], dtype=torch.float64)
@@ -105,17 +107,68 @@ def test_settings_are_used():
     torch.testing.assert_close(made(x), expected * 0.5, rtol=1e-12, atol=0)
 
 
-def test_equals_sb3_contrib_in_the_warmup():
-    """The peer, where the two agree: it uses the unbiased variance, ours the biased one."""
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_equals_sb3_contrib(warmup):
+    """The peer's unbiased, folded form, values and gradients, through warm-up and clipping.
+
+    Its gate is `steps > warmup_steps`, one forward later than the authors' `>=`.
+    """
     layers = pytest.importorskip("sb3_contrib.common.torch_layers")
-    n = 64
-    peer = layers.BatchRenorm1d(3, eps=EPS * n / (n - 1)).train()
-    ours = BatchRenorm(3, eps=EPS)
-    for _ in range(3):
-        x = torch.randn(n, 3) * torch.tensor([1.0, 10.0, 0.1]) + 2
-        shrink = ((n - 1) / n) ** 0.5  # biased over unbiased standard deviation
-        torch.testing.assert_close(ours(x) * shrink, peer(x), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours.running_mean, peer.ra_mean, rtol=1e-5, atol=1e-6)
+    rng = np.random.default_rng(0)
+    peer = layers.BatchRenorm1d(5, warmup_steps=warmup).double()
+    ours = layer(5, warmup_steps=warmup + 1, variance="unbiased", form="folded")
+    with torch.no_grad():
+        peer.scale.copy_(ours.weight)
+        peer.bias.copy_(ours.bias)
+    for _ in range(6):
+        values = extremes(rng)
+        values[:, 2] += rng.standard_normal(len(values)) * 1e-3  # constant: NaN gradients there
+        upstream = torch.from_numpy(rng.standard_normal(values.shape))
+        results = []
+        for made in (ours.train(), peer.train()):
+            x = torch.from_numpy(values.copy()).requires_grad_()
+            y = made(x)
+            y.backward(upstream)
+            results.append((y.detach(), x.grad))
+        for mine, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(ours.running_mean, peer.ra_mean, **F64)
+        torch.testing.assert_close(ours.running_var, peer.ra_var, **F64)
+        probe = torch.from_numpy(rng.standard_normal((3, 5)))
+        torch.testing.assert_close(ours.eval()(probe), peer.eval()(probe), **F64)
+    torch.testing.assert_close(ours.weight.grad, peer.scale.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_unbiased_unfolded_by_hand():
+    """Batch [0, 2]: mean 1, unbiased variance 2; running moments 1 and 1, no clipping."""
+    x = torch.tensor([[0.0], [2.0]], dtype=torch.float64)
+    made = BatchRenorm(1, momentum=0.5, eps=0.25, warmup_steps=0, variance="unbiased").double()
+    made.running_mean.fill_(0.5)
+    # x_hat = -+1 / 2.25^.5; r = (2.25 / 1.25)^.5; d = 0.5 / 1.25^.5
+    expected = [[(side + 0.5) / 1.25**0.5] for side in (-1.0, 1.0)]
+    torch.testing.assert_close(
+        made(x).detach(), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0
+    )
+    assert float(made.running_var) == 1.5
+
+
+def test_linear_ramp_of_the_bounds():
+    """SLM-Lab: after 2 warm-up forwards, bounds grow over 4: r_max 1 ... 3, d_max 0 ... 5."""
+    made = BatchRenorm(1, warmup_steps=2, ramp_steps=4)
+    seen = []
+    for _ in range(8):
+        seen.append([float(b) for b in made.bounds()])
+        made(torch.randn(4, 1))
+    assert seen == [
+        [1.0, 0.0],
+        [1.0, 0.0],
+        [1.0, 0.0],
+        [1.5, 1.25],
+        [2.0, 2.5],
+        [2.5, 3.75],
+        [3.0, 5.0],
+        [3.0, 5.0],
+    ]
 
 
 def run(made: BatchRenorm, x: torch.Tensor, mean, var, weight, bias) -> torch.Tensor:
@@ -240,9 +293,22 @@ def test_layer_order_of_the_critic():
     kinds = [type(m).__name__ for m in mlp(4, [8, 8], 1, renorm=BatchRenormConfig())]
     assert kinds == ["BatchRenorm", *["Linear", "ReLU", "BatchRenorm"] * 2, "Linear"]
     assert [type(m).__name__ for m in mlp(4, [8], 1)] == ["Linear", "ReLU", "Linear"]
+    other = BatchRenormConfig(order="before", on_input=False)
+    kinds = [type(m).__name__ for m in mlp(4, [8, 8], 1, renorm=other)]
+    assert kinds == [*["Linear", "BatchRenorm", "ReLU"] * 2, "Linear"]
 
 
 def test_config_reaches_the_layer():
-    config = BatchRenormConfig(momentum=0.9, eps=0.1, r_max=2.0, d_max=4.0, warmup_steps=7)
+    config = BatchRenormConfig(
+        momentum=0.9,
+        eps=0.1,
+        r_max=2.0,
+        d_max=4.0,
+        warmup_steps=7,
+        ramp_steps=3,
+        variance="unbiased",
+        form="folded",
+    )
     made = mlp(4, [8], 1, renorm=config)[0]
-    assert {k: getattr(made, k) for k in vars(config)} == vars(config)
+    wanted = {k: v for k, v in vars(config).items() if k not in ("order", "on_input")}
+    assert {k: getattr(made, k) for k in wanted} == wanted

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from embodied_rl.batch_renorm import BatchRenorm
 from embodied_rl.builders import build_q_head, build_sac
-from embodied_rl.nn import BatchRenorm
 from embodied_rl.registry import Q_HEADS
 
 pytestmark = pytest.mark.unit

@@ -16,7 +16,8 @@ LAYERS = (
     ("validate",),
     ("load_config",),
     ("interfaces",),
-    ("nn", "schedules"),
+    ("batch_renorm", "schedules", "averaging"),
+    ("nn",),
     ("backbones", "actors", "q_heads", "replay", "envs", "distributed"),
     ("temperature", "sac", "policy"),
     ("demonstrations", "collector", "evaluator", "checkpoint", "metrics", "stopping"),
@@ -31,7 +32,7 @@ WITHIN = {  # (importer, imported) of the same layer
 }
 LEAVES = {"apt", "vulkan"}  # standard library only
 LEAF_IMPORTERS = {"envs.maniskill", "doctor", "vulkan"}
-SAC_MAY = {"types", "config", "interfaces", "schedules", "temperature"}
+SAC_MAY = {"types", "config", "interfaces", "schedules", "averaging", "temperature"}
 CONFINED = {  # third-party module -> where alone it may be imported
     "mani_skill": {"envs.maniskill"},
     "sapien": {"envs.maniskill"},

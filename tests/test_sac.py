@@ -11,7 +11,7 @@ from embodied_rl.builders import build_q_head, build_sac
 from embodied_rl.config import OptimConfig
 from embodied_rl.distributed import LocalEngine
 from embodied_rl.registry import Q_HEADS
-from embodied_rl.sac import SAC, aggregate
+from embodied_rl.sac import aggregate
 from embodied_rl.schedules import learning_rate, linear
 from embodied_rl.temperature import Temperature
 from embodied_rl.types import Features
@@ -19,17 +19,6 @@ from embodied_rl.types import Features
 pytestmark = pytest.mark.unit
 CPU = torch.device("cpu")
 HEADS = Q_HEADS.names
-
-
-@pytest.fixture
-def make_sac(make_config, make_policy):
-    def make(*overrides: str) -> SAC:
-        config = make_config(*overrides)
-        torch.manual_seed(0)
-        policy = make_policy(*overrides)
-        return build_sac(config, policy, build_q_head(config, policy, CPU), CPU)
-
-    return make
 
 
 def weights(module: torch.nn.Module) -> list[torch.Tensor]:
@@ -77,7 +66,7 @@ def test_aggregate():
 
 @pytest.mark.parametrize("head", HEADS)
 def test_critic_loss_by_hand(make_sac, make_batch, head):
-    """0.5 * mean over critics and rows of (Q - y)^2, y from the actor in evaluation mode."""
+    """0.5 * sum over critics of mean_B (Q - y)^2, y from the actor in evaluation mode."""
     overrides = [f"algorithm.q_head_type={head}", "algorithm.critic_warmup_steps=1000"]
     sac, twin, batch = make_sac(*overrides), make_sac(*overrides), make_batch(16)
     torch.manual_seed(5)
@@ -89,7 +78,7 @@ def test_critic_loss_by_hand(make_sac, make_batch, head):
     )
     alpha = twin.temperature().item()
     y = batch.reward + batch.discount * (next_q.min(0).values - alpha * following.log_prob)
-    expected = sum((q[k, b] - y[b]) ** 2 for k in range(2) for b in range(16)) / 32 / 2
+    expected = sum((q[k, b] - y[b]) ** 2 for k in range(2) for b in range(16)) / 16 / 2
     torch.testing.assert_close(metrics["critic/loss"], expected.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(metrics["critic/target"], y.mean().detach(), rtol=1e-5, atol=1e-6)
 

@@ -30,6 +30,11 @@ class DefaultQHead(QHead):
         "critic.batch_renorm.r_max",
         "critic.batch_renorm.d_max",
         "critic.batch_renorm.warmup_steps",
+        "critic.batch_renorm.ramp_steps",
+        "critic.batch_renorm.variance",
+        "critic.batch_renorm.form",
+        "critic.batch_renorm.on_input",
+        "critic.batch_renorm.order",
     )
     updates: Tensor
 
