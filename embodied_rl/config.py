@@ -198,7 +198,7 @@ class EvalConfig:
     final_seed: int = 10_000  # first seed of the closing before/after comparison
     metric: str = "success_once"  # success_once | success_at_end | return: the score of "best"
     video: bool = True  # MP4 of the first and the last evaluation
-    video_episodes: int = 4
+    video_episodes: int = 4  # of the first evaluation environment
 
 
 @dataclass

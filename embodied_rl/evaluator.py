@@ -52,7 +52,8 @@ class Evaluator:
             policy: acts.
             first_seed: seed of the first episode.
             deterministic: act with the mode.
-            video: MP4 to write the first `video_episodes` episodes to.
+            video: MP4 to write the first `video_episodes` episodes of environment 0 to: the
+                other environments then need no renderer, which takes long to start on a CPU.
             video_episodes: how many of them.
         """
         n = self.env.num_envs
@@ -69,11 +70,8 @@ class Evaluator:
                 actions = policy.act(part, deterministic=deterministic).cpu()
                 for j, i in enumerate(deciding):
                     plans[i] = list(actions[j, : policy.execute_steps])
-            if video is not None and any(e < video_episodes for e in episode):
-                pictures = self.env.render()
-                for i, e in enumerate(episode):
-                    if e < video_episodes:
-                        frames.setdefault(e, []).append(pictures[i])
+            if video is not None and episode[0] < min(video_episodes * n, self.episodes):
+                frames.setdefault(episode[0], []).append(self.env.render(0))
             actions = torch.stack([p.pop(0) for p in plans])
             self.env.send(actions, [first_seed + e + n for e in episode])
             result = self.env.recv()

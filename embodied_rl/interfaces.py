@@ -209,8 +209,8 @@ class VecEnv(ABC):
         """Waits for the step that `send` started."""
 
     @abstractmethod
-    def render(self) -> np.ndarray:
-        """Returns uint8 frames [N, height, width, 3]."""
+    def render(self, env: int) -> np.ndarray:
+        """Returns a uint8 frame [height, width, 3] of one environment."""
 
     @abstractmethod
     def close(self) -> None:

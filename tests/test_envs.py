@@ -130,10 +130,10 @@ def test_env_render(open_env, request):
     if "gymnasium" in request.node.name:
         pytest.importorskip("pygame", reason="gymnasium draws classic control with pygame")
     env.reset(seeds_of(env, 10))
-    frames = env.render()
-    assert frames.dtype == "uint8" and frames.ndim == 4
-    assert frames.shape[0] == env.num_envs and frames.shape[3] == 3
-    assert frames.min() < frames.max(), "not a blank picture"
+    for index in range(env.num_envs):
+        frame = env.render(index)
+        assert frame.dtype == "uint8" and frame.ndim == 3 and frame.shape[2] == 3
+        assert frame.min() < frame.max(), "not a blank picture"
 
 
 @pytest.mark.unit

@@ -86,13 +86,12 @@ class FakeVecEnv(VecEnv):
         result, self._result = self._result, None
         return result
 
-    def render(self) -> np.ndarray:
-        """Draws each point as a white square on a 64-pixel frame."""
-        frames = np.zeros((self.num_envs, 64, 64, 3), np.uint8)
-        for i, state in enumerate(self._state):
-            x, y = ((np.clip(state[:DIM], -2, 2) + 2) / 4 * 60).astype(int)
-            frames[i, y : y + 4, x : x + 4] = 255
-        return frames
+    def render(self, env: int) -> np.ndarray:
+        """Draws the point as a white square on a 64-pixel frame."""
+        frame = np.zeros((64, 64, 3), np.uint8)
+        x, y = ((np.clip(self._state[env][:DIM], -2, 2) + 2) / 4 * 60).astype(int)
+        frame[y : y + 4, x : x + 4] = 255
+        return frame
 
     def close(self) -> None:
         """Nothing to free."""

@@ -157,15 +157,11 @@ class WorkerVecEnv(VecEnv):
         obs, final = self._obs(records, "obs"), self._obs(records, "final")
         return StepResult(obs, reward, terminated, truncated, success, final)
 
-    def render(self) -> np.ndarray:
-        """One frame of every environment."""
-        for i in range(self.num_envs):
-            self._command(i, do="render")
-        frames = []
-        for i in range(self.num_envs):
-            shape = self._receive(i)
-            frames.append(np.frombuffer(self._bytes(i), np.uint8).reshape(shape))
-        return np.stack(frames)
+    def render(self, env: int) -> np.ndarray:
+        """One frame of one environment."""
+        self._command(env, do="render")
+        shape = self._receive(env)
+        return np.frombuffer(self._bytes(env), np.uint8).reshape(shape)
 
     def close(self) -> None:
         """Ends the workers."""
