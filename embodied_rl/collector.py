@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from embodied_rl.interfaces import ReplayBuffer, VecEnv
 from embodied_rl.policy import Policy
 from embodied_rl.types import EpisodeStats, Features, Obs, StepResult, Trajectory
 
+RECENT = 8  # finished trajectories kept at hand
 TRAIN_SEEDS = 2**30  # training episodes take seeds from here up, evaluations below
 
 
@@ -64,6 +66,7 @@ class Collector:
         self.execute = policy.execute_steps
         self.env_steps = 0
         self.stats = EpisodeStats()
+        self.recent: deque[Trajectory] = deque(maxlen=RECENT)  # for diagnostics
         self._episodes = [0] * env.num_envs  # number of each environment's present episode
         self._open = [OpenTrajectory() for _ in range(env.num_envs)]
         self._obs: Obs | None = None
@@ -167,7 +170,9 @@ class Collector:
         first = current.rows[0]
         end = {k: last[k] if k in last else torch.zeros_like(v) for k, v in first.items()}
         rows = [*current.rows, end]
-        self.replay.add(Trajectory({k: torch.stack([r[k] for r in rows]) for k in first}))
+        trajectory = Trajectory({k: torch.stack([r[k] for r in rows]) for k in first})
+        self.replay.add(trajectory)
+        self.recent.append(trajectory)
 
     def pop_stats(self) -> EpisodeStats:
         """Returns the episodes finished since the last call."""

@@ -210,6 +210,7 @@ class TrainConfig:
     checkpoint_interval: int = 2_500  # env steps between checkpoints
     keep_checkpoints: int = 2  # newest checkpoints kept besides the best
     log_interval: int = 500  # env steps between metric records
+    diagnostics: bool = True  # Q bias, dormant units, clip fractions, weight norms per record
     threads: int = 1  # torch threads; the other cores step the environments
 
 

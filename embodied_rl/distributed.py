@@ -30,6 +30,11 @@ class LocalTrainable(Trainable):
         kind = torch.optim.AdamW if decays else torch.optim.Adam
         self.optimizer = kind(self.parameters, lr=config.lr, fused=True, **options)
 
+    @property
+    def learning_rate(self) -> float:
+        """The present one."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
     def set_progress(self, progress: float) -> None:
         """Sets the learning rate for the share of the run that is over."""
         config = self.config

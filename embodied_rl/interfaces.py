@@ -222,6 +222,11 @@ class Trainable(Protocol):
 
     parameters: list[nn.Parameter]
 
+    @property
+    def learning_rate(self) -> float:
+        """The present learning rate."""
+        ...
+
 
 class UpdateEngine(ABC):
     """Backward, average over ranks, clip and step, for one module's own parameters."""

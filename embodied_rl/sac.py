@@ -73,6 +73,11 @@ class SAC:
         anchor = self.config.anchor
         return linear(anchor.weight, anchor.final_weight, anchor.decay_steps, env_steps)
 
+    def learning_rates(self) -> dict[str, float]:
+        """Present learning rate of each trained part."""
+        parts = {"critic": self._critic, "actor": self._actor, "temperature": self._temperature}
+        return {name: t.learning_rate for name, t in parts.items() if t is not None}
+
     def td_target(self, batch: Batch, next_q: Tensor, next_log_prob: Tensor) -> Tensor:
         """Computes y = R + Gamma (agg_j Q_j(s', a') - alpha log pi(a'|s')), [B]."""
         value = aggregate(next_q, self.config.agg_q)

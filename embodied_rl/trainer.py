@@ -13,11 +13,13 @@ from embodied_rl import builders
 from embodied_rl.checkpoint import BEST, POLICY, Checkpoints, TorchRandom
 from embodied_rl.collector import Collector
 from embodied_rl.config import Config
+from embodied_rl.diagnostics import Diagnostics
 from embodied_rl.evaluator import Evaluation, Evaluator
 from embodied_rl.interfaces import VecEnv
 from embodied_rl.metrics import Logger, Means, plot_curve
 from embodied_rl.policy import Policy
 from embodied_rl.stopping import StopRequest
+from embodied_rl.types import Batch
 
 
 class Progress:
@@ -94,6 +96,10 @@ class Trainer:
             seed=config.seed,
             device=device,
         )
+        self.diagnostics = Diagnostics(
+            self.sac, config.algorithm, builders.build_encoder(policy, device), device
+        )
+        self._batch: Batch | None = None  # the latest one
         self.progress = Progress()
         self.means = Means()
         self._clock = Clock()
@@ -178,8 +184,8 @@ class Trainer:
 
     def _update(self) -> None:
         self.sac.engine.set_progress(self.step / self.config.train.total_steps)
-        batch = self.replay.sample(self.config.algorithm.batch_size)
-        self.means.add(self.sac.update(batch, env_steps=self.step))
+        self._batch = self.replay.sample(self.config.algorithm.batch_size)
+        self.means.add(self.sac.update(self._batch, env_steps=self.step))
         self.progress.updates += 1
         self._clock.updates += 1
 
@@ -190,7 +196,13 @@ class Trainer:
         values = {f"train/{k}": v for k, v in episodes.items()}
         values |= {f"speed/{k}": v for k, v in rates.items()}
         values["train/updates"] = float(self.progress.updates)
-        self.logger.write(self.step, values | self.means.pop())
+        values |= self.means.pop()
+        if self._batch is not None and self.config.train.diagnostics:
+            values |= self.diagnostics.measure(self._batch, self.collector.recent)
+        self.logger.write(self.step, values)
+        warning = self.diagnostics.warning(values)
+        if warning is not None:
+            self.logger.say(warning)
         shown = {"steps/s": f"{rates['steps_per_s']:.0f}", "upd/s": f"{rates['updates_per_s']:.0f}"}
         if episodes:
             shown["rollout"] = f"{episodes['success_once']:.0%}"
