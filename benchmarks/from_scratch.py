@@ -21,7 +21,6 @@ import argparse
 import json
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import gymnasium as gym
@@ -90,7 +89,7 @@ class ScratchPolicy:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self.backbone = SimpleNamespace(chunk_size=1)
+        self.execute_steps = 1
 
     def act(self, obs: dict[str, Tensor], *, deterministic: bool = True) -> Tensor:
         """Returns actions [B, 1, A] for observations [B, D]."""
