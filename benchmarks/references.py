@@ -170,9 +170,7 @@ def report(args: argparse.Namespace) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, len(args.algos), squeeze=False, figsize=(6 * len(args.algos), 4))
-    print(
-        f"| {args.task} | seeds | IQM of the last returns | range | minutes |\n|---|---|---|---|---|"
-    )
+    print(f"| {args.task} | seeds | IQM of the end | range | minutes |\n|---|---|---|---|---|")
     for axis, algo in zip(axes[0], args.algos, strict=True):
         for color, library in zip(("C3", "C0", "C2"), IMPLEMENTATIONS, strict=True):
             runs = [args.out / f"{library}_{algo}_s{seed}" / "curve.json" for seed in args.seeds]

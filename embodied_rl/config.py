@@ -93,7 +93,7 @@ class ActorConfig:
     average_decay: float = 0.999
     residual_scale: float = 0.1  # residual only: xi in a = clip(a_base + xi * delta)
     residual_ramp_steps: int = 10_000  # residual only: delta's probability is min(1, t / this)
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3))
 
 
 @dataclass
@@ -115,7 +115,7 @@ class DemoConfig:
 
     # a demonstration folder or ManiSkill .h5; null: the ones beside the policy, if any
     path: Optional[str] = None
-    fraction: float = 0.5  # share of each batch; 0 switches demonstrations off
+    fraction: float = 0.25  # share of each batch; 0 switches demonstrations off
 
 
 @dataclass
@@ -256,6 +256,7 @@ class PretrainConfig:
     backbone: str = "state"
     hidden: list[int] = field(default_factory=lambda: [256, 256, 256])
     chunk_size: int = 1  # actions per decision
+    fine_features: bool = True  # finetuning sees the state magnified around zero, too
     max_trajectories: Optional[int] = None  # use only the first ones
     validation_fraction: float = 0.1  # share of trajectories held out
     steps: int = 2_000  # gradient steps

@@ -76,7 +76,11 @@ def clone(
     """Trains a state backbone by mean squared error on action chunks."""
     states, chunks = pairs(training, config.chunk_size)
     backbone = StateBackbone(
-        states.shape[1], chunks.shape[2], config.chunk_size, list(config.hidden)
+        states.shape[1],
+        chunks.shape[2],
+        config.chunk_size,
+        list(config.hidden),
+        fine=config.fine_features,
     )
     backbone.set_statistics(states)
     backbone.to(device)
