@@ -175,18 +175,17 @@ def test_missing_and_foreign_tensors(folder):
 
 
 def test_fine_features_by_hand():
-    """Beside the normalised state, asinh(x / (0.02 std)) / asinh(50) of the raw one."""
+    """Normalised state, tanh(u), exp(-u^2 / 2) with u = x / (0.3 std) of the raw state."""
     backbone = StateBackbone(2, 1, hidden=[4], fine=True)
     backbone.mean.copy_(torch.tensor([1.0, 0.0]))
     backbone.std.copy_(torch.tensor([2.0, 0.5]))
-    features = backbone({"state": torch.tensor([[3.0, 0.01], [0.0, -0.5]])})
-    scale = math.asinh(50)
+    features = backbone({"state": torch.tensor([[3.0, 0.15], [0.0, -0.3]])})
     expected = [
-        [1.0, 0.02, math.asinh(3 / 0.04) / scale, math.asinh(1) / scale],
-        [-0.5, -1.0, 0.0, -1.0],
+        [1.0, 0.3, math.tanh(5), math.tanh(1), math.exp(-12.5), math.exp(-0.5)],
+        [-0.5, -0.6, 0.0, -math.tanh(2), 1.0, math.exp(-2)],
     ]
     torch.testing.assert_close(features.vector, torch.tensor(expected), rtol=1e-5, atol=1e-6)
-    assert backbone.feature_dim == 4 and backbone.state_dim == 2
+    assert backbone.feature_dim == 6 and backbone.state_dim == 2
 
 
 def test_fine_features_leave_the_pretrained_action_alone():
@@ -197,7 +196,7 @@ def test_fine_features_leave_the_pretrained_action_alone():
     assert torch.equal(plain(OBS).base_action, fine(OBS).base_action)
     assert plain.fingerprint() != fine.fingerprint()
     again = StateBackbone.from_config(fine.config_dict())
-    assert again.fine and again.feature_dim == 8
+    assert again.fine and again.feature_dim == 12
 
 
 def test_check_env_counts_the_state_not_the_features(spec):
