@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,8 @@ def finish(folder: Path, head: str, seed: int, extra: list[str]) -> None:
     if (folder / "results.json").exists():
         return
     words = [f"resume={folder}"]
-    if not (folder / "checkpoints").exists():
+    if not (folder / "checkpoints" / "last").exists():
+        shutil.rmtree(folder, ignore_errors=True)  # cut off before its first checkpoint
         words = [f"run_dir={folder}", f"algorithm.q_head_type={head}", f"seed={seed}"]
     subprocess.run([sys.executable, "-m", "embodied_rl.train", *words, *extra], check=True)
 

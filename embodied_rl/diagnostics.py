@@ -121,22 +121,23 @@ class Diagnostics:
         config, actor, head = self.config, self.sac.actor, self.sac.q_head
         fields = {k: v.to(self.device) for k, v in trajectory.fields.items()}
         features = self._features(fields)
-        q = head.score(features.vector[:-1], fields["action"][:-1]).mean(0)
+        q = head.score(features.vector[:-1], fields["action"][:-1]).mean(0).cpu()
         sample = actor.eval()(features)
-        last = head.score(features.vector[-1:], sample.action[-1:]).mean()
-        bonus = torch.zeros_like(sample.log_prob)
-        if config.backup_entropy:
-            bonus = -self.sac.temperature() * sample.log_prob
-        steps, ended = fields["steps"], fields["terminated"]
-        powers = config.gamma ** torch.arange(fields["reward"].shape[1], device=self.device)
-        rewards = (fields["reward"] * powers).sum(1)
+        last = float(head.score(features.vector[-1:], sample.action[-1:]).mean())
+        alpha = float(self.sac.temperature()) if config.backup_entropy else 0.0
+        bonus = (-alpha * sample.log_prob).tolist()
+        rewards = trajectory.fields["reward"].cpu()
+        powers = config.gamma ** torch.arange(rewards.shape[1])
+        gains = (rewards * powers).sum(1).tolist()
+        steps = trajectory.fields["steps"].tolist()
+        ended = trajectory.fields["terminated"].tolist()
         value, out = last + bonus[-1], []
         for t in reversed(range(trajectory.length)):
-            cut = bool(ended[t]) and config.bootstrap_type == "standard"
-            gain = rewards[t] if cut else rewards[t] + config.gamma ** int(steps[t]) * value
+            cut = ended[t] and config.bootstrap_type == "standard"
+            gain = gains[t] if cut else gains[t] + config.gamma ** steps[t] * value
             out.append(gain)
             value = gain + bonus[t]
-        return q, torch.stack(out[::-1])
+        return q, torch.tensor(out[::-1])
 
     def _features(self, fields: dict[str, Tensor]) -> Features:
         if "features.vector" in fields:

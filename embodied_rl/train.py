@@ -39,6 +39,8 @@ def main(args: list[str]) -> int:
     torch.manual_seed(config.seed)
     device = builders.build_device(config.device)
     for key in sorted(given & set(Q_HEADS.get(config.algorithm.q_head_type).unused_keys)):
+        if config.actor.batch_renorm and key.startswith("critic.batch_renorm."):
+            continue  # the actor's layers read them
         print(f"note: {key} has no effect with q_head_type={config.algorithm.q_head_type}")
     if config.policy.path is not None:
         find_policy(config.policy.path)  # fails early, before simulators start

@@ -200,7 +200,7 @@ class Trainer:
         if self._batch is not None and self.config.train.diagnostics:
             values |= self.diagnostics.measure(self._batch, self.collector.recent)
         self.logger.write(self.step, values)
-        warning = self.diagnostics.warning(values)
+        warning = self.diagnostics.warning(values) if self.config.train.diagnostics else None
         if warning is not None:
             self.logger.say(warning)
         shown = {"steps/s": f"{rates['steps_per_s']:.0f}", "upd/s": f"{rates['updates_per_s']:.0f}"}

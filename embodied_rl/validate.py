@@ -43,8 +43,8 @@ RANGES: dict[str, tuple[str, float, float, str]] = {
     "env.render_size": ("[", 16, 4096, "]"),
     "momentum": ("[", 0, 1, ")"),
     "eps": ("(", 0, 1, "]"),
-    "r_max": ("[", 1, INF, "]"),
-    "d_max": ("[", 0, INF, "]"),
+    "r_max": ("[", 1, INF, ")"),
+    "d_max": ("[", 0, INF, ")"),
     "warmup_steps": ("[", 0, INF, ")"),
     "ramp_steps": ("[", 0, INF, ")"),
     "lr": ("[", 0, 1, "]"),
@@ -173,6 +173,12 @@ def _check_together(config: Config) -> None:
     if config.resume is not None and config.run_dir is not None and config.run_dir != config.resume:
         raise UserError(
             f"resume={config.resume} continues in its own folder; drop run_dir={config.run_dir}."
+        )
+    if config.actor.batch_renorm and config.actor.average_decay > 0:
+        raise UserError(
+            f"actor.batch_renorm=true with actor.average_decay={config.actor.average_decay}: averaged "
+            "weights would run on the statistics of the latest ones. Set actor.average_decay=0, or "
+            "actor.batch_renorm=false."
         )
     first, last = config.eval.seed, config.eval.seed + config.eval.episodes
     if first < config.eval.final_seed + config.eval.episodes and config.eval.final_seed < last:

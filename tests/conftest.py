@@ -57,6 +57,7 @@ TINY = (
     "actor.hidden=[16]",
     "actor.initial_std=0.15",
     "actor.batch_renorm=false",
+    "actor.average_decay=0",
     "actor.optim.lr=3e-4",
     "actor.optim.betas=[0.9,0.999]",
     "actor.optim.clip_grad=null",

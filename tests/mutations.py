@@ -68,18 +68,15 @@ MUTATIONS = (
     Mutation(
         "unbiased-variance",
         "batch_renorm.py",
-        "r, d = module.track(mean, inv_std.pow(-2) - module.eps)",
-        "r, d = module.track(mean, (inv_std.pow(-2) - module.eps) * len(x) / (len(x) - 1))",
+        "var = inv_std.pow(-2) - module.eps",
+        "var = (inv_std.pow(-2) - module.eps) * len(x) / (len(x) - 1)",
     ),
     Mutation(
         "statistics-after-the-update",  # r and d against the moments that this batch moved
         "batch_renorm.py",
-        "        r, d = self.corrections(mean, var)\n"
-        "        self.running_mean.lerp_(mean, 1 - self.momentum)\n"
-        "        self.running_var.lerp_(var, 1 - self.momentum)\n",
-        "        self.running_mean.lerp_(mean, 1 - self.momentum)\n"
-        "        self.running_var.lerp_(var, 1 - self.momentum)\n"
-        "        r, d = self.corrections(mean, var)\n",
+        "r, d = module.corrections(mean, var)",
+        "module.running_mean.lerp_(mean, 1 - module.momentum)\n"
+        "        r, d = module.corrections(mean, var)",
     ),
     Mutation(
         "warm-up-one-longer",
@@ -168,8 +165,15 @@ MUTATIONS = (
 )
 
 
+CONTROL = Mutation("control", "sac.py", "class SAC:", "class SAC:")
+
+
 def run(mutation: Mutation) -> str | None:
-    """Returns the test that caught the mutation, or None."""
+    """Returns the test that caught the mutation, or None.
+
+    Raises:
+        RuntimeError: pytest ended otherwise than with passed or failed tests.
+    """
     with tempfile.TemporaryDirectory() as folder:
         for name in ("embodied_rl", "tests"):
             ignore = shutil.ignore_patterns("__pycache__")
@@ -189,13 +193,21 @@ def run(mutation: Mutation) -> str | None:
         )
         if done.returncode == 0:
             return None
-        found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-        return found.group(1) if found else f"pytest exit {done.returncode}: {done.stderr[-300:]}"
+        found = re.search(r"^FAILED (\S+)", done.stdout, re.MULTILINE)
+        if done.returncode != 1 or found is None:
+            raise RuntimeError(
+                f"{mutation.name}: pytest exit {done.returncode}\n{done.stdout[-900:]}"
+            )
+        return found.group(1)
 
 
 def main() -> int:
     """Runs the mutations named on the command line, or all."""
     chosen = [m for m in MUTATIONS if not sys.argv[1:] or m.name in sys.argv[1:]]
+    broken = run(CONTROL)
+    if broken is not None:
+        print(f"the unmutated package fails {broken}: nothing to learn from mutations")
+        return 2
     survivors = 0
     for mutation in chosen:
         caught = run(mutation)

@@ -1,9 +1,9 @@
 """What the parity tests share: our learner in float64, fed with a peer's weights and noise.
 
-Each peer's own update code runs beside ours for 36 consecutive updates in float64. Losses, TD
-target, gradients and next parameters must agree to 1e-9 (relative and absolute): what remains is
-rounding, carried on through Adam. Where a peer departs from the paper, the option that reproduces
-it is set here and nowhere else:
+Each peer's own update code runs beside ours for 36 consecutive updates in float64. Losses and next
+parameters (with stable-baselines3 and sb3-contrib the gradients too) must agree to 1e-9, relative
+and absolute: what remains is rounding, carried on through Adam. Where a peer departs from the
+paper, the option that reproduces it is set here and nowhere else:
 
     stable-baselines3   temperature loss on log alpha; 1e-6 inside its log-probability (set to 0)
     sb3-contrib         the same; unbiased variance; folded BRN; warm-up one forward longer

@@ -66,7 +66,8 @@ def test_learner_averages_over_actor_updates(make_sac, make_batch):
 
 
 def test_round_trip(make_sac, make_batch):
-    sac, other, batch = make_sac(), make_sac(), make_batch(16)
+    decay = "actor.average_decay=0.9"
+    sac, other, batch = make_sac(decay), make_sac(decay), make_batch(16)
     for _ in range(4):
         sac.update(batch, env_steps=10_000)
     other.load_state_dict(sac.state_dict())

@@ -54,9 +54,9 @@ def chain(terminated: bool) -> Trajectory:
     )
 
 
-def chain_answer(bootstraps: bool, entropy: bool) -> tuple[float, float]:
+def chain_answer(bootstraps: bool) -> tuple[float, float]:
     """Soft Q of both states: Q0 = R0 + g (Q1 + b), Q1 = R1 + g (Q0 + b) or R1; b = alpha H."""
-    bonus = CHAIN_ALPHA * H if entropy else 0.0
+    bonus = CHAIN_ALPHA * H
     if not bootstraps:
         return R0 + GAMMA * (R1 + bonus), R1
     q0 = (R0 + GAMMA * bonus + GAMMA * (R1 + GAMMA * bonus)) / (1 - GAMMA**2)
@@ -97,10 +97,10 @@ def test_two_state_chain(make_sac, make_config, head, terminated, bootstrap, boo
     states = torch.eye(4)[:2].repeat_interleave(50, 0)
     with torch.no_grad():
         q = sac.q_head.score(states, torch.rand(100, 1, 2) * 1.8 - 0.9).mean(0).view(2, 50).mean(1)
-    expected = chain_answer(bootstraps, entropy=True)
+    expected = chain_answer(bootstraps)
     np.testing.assert_allclose(q.numpy(), expected, rtol=0, atol=0.03)
     # the three answers are further apart than the tolerance
-    assert abs(chain_answer(True, True)[1] - chain_answer(False, True)[1]) > 0.5
+    assert abs(chain_answer(True)[1] - chain_answer(False)[1]) > 0.5
 
 
 # ---------------------------------------------------------------- linear-quadratic problem

@@ -42,13 +42,14 @@ def equal(a: dict, b: dict) -> bool:
 
 def test_everything_else_is_the_same(make_trainer):
     """Same seed: same actor, temperature, episodes, actions and batches, up to the first update."""
-    one, other = (make_trainer(head) for head in ("default", "crossq"))
+    trainers = []
+    for head in ("default", "crossq"):
+        trainers.append(make_trainer(head))
+        collect(trainers[-1], 45)
+    one, other = trainers
     assert equal(one.policy.state_dict(), other.policy.state_dict())
     assert equal(one.sac.temperature.state_dict(), other.sac.temperature.state_dict())
     assert equal(one.sac.average.state_dict(), other.sac.average.state_dict())
-    for trainer in (one, other):
-        torch.manual_seed(7)
-        collect(trainer, 45)
     batches = [t.replay.sample(32) for t in (one, other)]
     for name in ("action", "reward", "discount", "is_demo"):
         assert torch.equal(getattr(batches[0], name), getattr(batches[1], name))
