@@ -205,7 +205,7 @@ class EvalConfig:
 class TrainConfig:
     """Length of a run and what it leaves behind."""
 
-    total_steps: int = 35_000  # environment steps
+    total_steps: int = 40_000  # environment steps
     stop_at: Optional[float] = None  # end early once an evaluation's metric reaches this
     checkpoint_interval: int = 2_500  # env steps between checkpoints
     keep_checkpoints: int = 2  # newest checkpoints kept besides the best

@@ -176,9 +176,9 @@ def _check_together(config: Config) -> None:
         )
     if config.actor.batch_renorm and config.actor.average_decay > 0:
         raise UserError(
-            f"actor.batch_renorm=true with actor.average_decay={config.actor.average_decay}: averaged "
-            "weights would run on the statistics of the latest ones. Set actor.average_decay=0, or "
-            "actor.batch_renorm=false."
+            f"actor.batch_renorm=true with actor.average_decay={config.actor.average_decay}: "
+            "averaged weights would run on the statistics of the latest ones. Set "
+            "actor.average_decay=0, or actor.batch_renorm=false."
         )
     first, last = config.eval.seed, config.eval.seed + config.eval.episodes
     if first < config.eval.final_seed + config.eval.episodes and config.eval.final_seed < last:
