@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from embodied_rl.checkpoint import Checkpoints, TorchRandom
+from embodied_rl.checkpoint import VERSION, Checkpoints, TorchRandom
 from embodied_rl.errors import UserError
 from embodied_rl.policy import Policy
 
@@ -163,7 +163,9 @@ def damage(folder, how: str) -> None:
     elif how == "tensor missing":
         state.write_text(state.read_text().replace("part/x", "part/y"))
     elif how == "another version":
-        state.write_text(state.read_text().replace('"version": 1', '"version": 9'))
+        now = f'"version": {VERSION}'
+        assert now in state.read_text()
+        state.write_text(state.read_text().replace(now, '"version": 99'))
     else:
         shutil.rmtree(folder)
         folder.mkdir()

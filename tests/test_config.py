@@ -216,7 +216,7 @@ RANGES = {
     "critic.hidden=[8,0]": "critic.hidden=0 is out of range. Allowed: [1, infinity).",
     "critic.optim.betas=[0.9,1.0]": "critic.optim.betas=1.0 is out of range. Allowed: [0, 1).",
     "critic.batch_renorm.r_max=0.5": (
-        "critic.batch_renorm.r_max=0.5 is out of range. Allowed: [1, infinity]."
+        "critic.batch_renorm.r_max=0.5 is out of range. Allowed: [1, infinity)."
     ),
     "env.num_envs=0": "env.num_envs=0 is out of range. Allowed: [1, 4096].",
 }
