@@ -256,7 +256,6 @@ class PretrainConfig:
     backbone: str = "state"
     hidden: list[int] = field(default_factory=lambda: [256, 256, 256])
     chunk_size: int = 1  # actions per decision
-    fine_features: bool = True  # finetuning sees the state magnified around zero, too
     max_trajectories: Optional[int] = None  # use only the first ones
     validation_fraction: float = 0.1  # share of trajectories held out
     steps: int = 2_000  # gradient steps

@@ -102,11 +102,11 @@ def check_demos(path: Path, trajectories: list[Trajectory], policy: Policy) -> N
     backbone = policy.backbone
     states = trajectories[0].fields.get(f"obs.{OBS_KEY}")
     if isinstance(backbone, StateBackbone) and (
-        states is None or states.shape[1] != backbone.state_dim
+        states is None or states.shape[1] != backbone.feature_dim
     ):
         found = "none" if states is None else f"{states.shape[1]} entries"
         raise UserError(
-            f"the state observations in {path}: {found}; the policy reads {backbone.state_dim}. "
+            f"the state observations in {path}: {found}; the policy reads {backbone.feature_dim}. "
             "Set algorithm.demo.path to demonstrations of this task, or algorithm.demo.fraction=0."
         )
     wanted = (backbone.chunk_size, backbone.action_dim)

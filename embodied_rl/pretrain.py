@@ -76,11 +76,7 @@ def clone(
     """Trains a state backbone by mean squared error on action chunks."""
     states, chunks = pairs(training, config.chunk_size)
     backbone = StateBackbone(
-        states.shape[1],
-        chunks.shape[2],
-        config.chunk_size,
-        list(config.hidden),
-        fine=config.fine_features,
+        states.shape[1], chunks.shape[2], config.chunk_size, list(config.hidden)
     )
     backbone.set_statistics(states)
     backbone.to(device)

@@ -1,13 +1,11 @@
 """Policy folders: saving, loading, and every way in which a folder can be wrong."""
 
 import json
-import math
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from embodied_rl.backbones.state import StateBackbone
 from embodied_rl.errors import UserError
 from embodied_rl.policy import SHIPPED, Policy, find_policy
 from embodied_rl.registry import ACTORS
@@ -81,7 +79,7 @@ def test_shipped_policies_load(name):
     backbone = policy.backbone
     assert policy.env["task"]
     assert all(t.isfinite().all() for t in policy.state_dict().values())
-    action = policy.act({"state": torch.zeros(2, backbone.state_dim)})
+    action = policy.act({"state": torch.zeros(2, backbone.feature_dim)})
     assert action.shape == (2, backbone.chunk_size, backbone.action_dim)
 
 
@@ -169,37 +167,3 @@ def test_missing_and_foreign_tensors(folder):
     assert name in refusal(folder)
     save_file({**weights, "extra": torch.zeros(1)}, path)
     assert "extra" in refusal(folder)
-
-
-# ---------------------------------------------------------------- the state backbone's features
-
-
-def test_fine_features_by_hand():
-    """Normalised state, tanh(u), exp(-u^2 / 2) with u = x / (0.3 std) of the raw state."""
-    backbone = StateBackbone(2, 1, hidden=[4], fine=True)
-    backbone.mean.copy_(torch.tensor([1.0, 0.0]))
-    backbone.std.copy_(torch.tensor([2.0, 0.5]))
-    features = backbone({"state": torch.tensor([[3.0, 0.15], [0.0, -0.3]])})
-    expected = [
-        [1.0, 0.3, math.tanh(5), math.tanh(1), math.exp(-12.5), math.exp(-0.5)],
-        [-0.5, -0.6, 0.0, -math.tanh(2), 1.0, math.exp(-2)],
-    ]
-    torch.testing.assert_close(features.vector, torch.tensor(expected), rtol=1e-5, atol=1e-6)
-    assert backbone.feature_dim == 6 and backbone.state_dim == 2
-
-
-def test_fine_features_leave_the_pretrained_action_alone():
-    torch.manual_seed(0)
-    plain = StateBackbone(4, 2, 3, [8])
-    fine = StateBackbone(4, 2, 3, [8], fine=True)
-    fine.load_state_dict(plain.state_dict())
-    assert torch.equal(plain(OBS).base_action, fine(OBS).base_action)
-    assert plain.fingerprint() != fine.fingerprint()
-    again = StateBackbone.from_config(fine.config_dict())
-    assert again.fine and again.feature_dim == 12
-
-
-def test_check_env_counts_the_state_not_the_features(spec):
-    StateBackbone(4, 2, fine=True).check_env(spec)
-    with pytest.raises(UserError, match="made for 8 observation entries, but fake reach has 4"):
-        StateBackbone(8, 2).check_env(spec)

@@ -16,39 +16,26 @@ from embodied_rl.types import EnvSpec, Features, Obs
 
 OBS_KEY = "state"
 CLIP = 10.0  # bound on normalised state entries, in standard deviations
-FINE = 0.3  # width of the magnified zone around zero, in standard deviations
 
 
 class StateBackbone(Backbone):
     """Normalised state as features, an MLP's action chunk as base action.
-
-    With `fine` the features hold two more views of the raw state x, at u = x / (FINE std):
-    tanh(u) and exp(-u^2 / 2). Zero is where things meet (offsets to a goal) or rest (velocities)
-    in robot states, and a network sees little of a centimetre in a workspace of a metre; a sphere
-    around the goal, which success often is, becomes nearly linear in the second view.
 
     Args:
         state_dim: D, size of the flat state `obs["state"]`.
         action_dim: A.
         chunk_size: H.
         hidden: widths of the MLP; None for a base action of zero (runs from scratch).
-        fine: whether features have the magnified views; the MLP reads the plain one only.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self,
-        state_dim: int,
-        action_dim: int,
-        chunk_size: int = 1,
-        hidden: list[int] | None = None,
-        fine: bool = False,
+        self, state_dim: int, action_dim: int, chunk_size: int = 1, hidden: list[int] | None = None
     ) -> None:
         super().__init__()
-        self.state_dim, self.fine = state_dim, fine
-        self.feature_dim = 3 * state_dim if fine else state_dim
+        self.feature_dim = state_dim
         self.action_dim = action_dim
         self.chunk_size = chunk_size
         self.hidden = list(hidden) if hidden is not None else None
@@ -82,15 +69,7 @@ class StateBackbone(Backbone):
     def forward(self, obs: Obs) -> Features:
         """Encodes `obs["state"]` [B, D]."""
         vector = self.normalise(obs)
-        action = self.raw_action(vector).clamp(-1, 1)
-        return Features(torch.cat([vector, *self._magnified(obs)], -1), action)
-
-    def _magnified(self, obs: Obs) -> list[Tensor]:
-        """tanh(u) and exp(-u^2 / 2), [B, D] each, or nothing without `fine`."""
-        if not self.fine:
-            return []
-        u = obs[OBS_KEY].to(self.std.dtype) / (FINE * self.std)
-        return [torch.tanh(u), torch.exp(-0.5 * u.square())]
+        return Features(vector, self.raw_action(vector).clamp(-1, 1))
 
     def check_env(self, spec: EnvSpec) -> None:
         """Raises UserError where observation or action sizes differ."""
@@ -102,7 +81,7 @@ class StateBackbone(Backbone):
             )
         state_dim = spec.obs[OBS_KEY].shape[0]
         for what, policy, env in (
-            ("observation", self.state_dim, state_dim),
+            ("observation", self.feature_dim, state_dim),
             ("action", self.action_dim, spec.action_dim),
         ):
             if policy != env:
@@ -124,11 +103,10 @@ class StateBackbone(Backbone):
     def config_dict(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return {
-            "state_dim": self.state_dim,
+            "state_dim": self.feature_dim,
             "action_dim": self.action_dim,
             "chunk_size": self.chunk_size,
             "hidden": self.hidden,
-            "fine": self.fine,
         }
 
     @classmethod
