@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -159,7 +158,7 @@ class Watch:
             if isinstance(module, nn.ReLU):
                 module.register_forward_hook(self._saw_activation)
             if isinstance(module, BatchRenorm):
-                module.register_forward_pre_hook(partial(self._saw_renorm))
+                module.register_forward_pre_hook(self._saw_renorm)
 
     def _saw_activation(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         self.activity.append(output.flatten(0, -2).abs().mean(0))

@@ -31,16 +31,13 @@ def main(args: list[str]) -> int:
     from embodied_rl import builders
     from embodied_rl.demonstrations import find_demos
     from embodied_rl.policy import find_policy
-    from embodied_rl.registry import Q_HEADS
     from embodied_rl.stopping import StopRequest
     from embodied_rl.trainer import Trainer
 
     torch.set_num_threads(config.train.threads)
     torch.manual_seed(config.seed)
     device = builders.build_device(config.device)
-    for key in sorted(given & set(Q_HEADS.get(config.algorithm.q_head_type).unused_keys)):
-        if config.actor.batch_renorm and key.startswith("critic.batch_renorm."):
-            continue  # the actor's layers read them
+    for key in without_effect(config, given):
         print(f"note: {key} has no effect with q_head_type={config.algorithm.q_head_type}")
     if config.policy.path is not None:
         find_policy(config.policy.path)  # fails early, before simulators start
@@ -78,6 +75,16 @@ def _read(args: list[str]) -> tuple[Config, set[str]]:
 def _new_name(config: Config) -> str:
     task, head = config.env.task, config.algorithm.q_head_type
     return f"runs/{task}_{head}_s{config.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def without_effect(config: Config, given: set[str]) -> list[str]:
+    """Keys among those `given` that the chosen Q head has no use for."""
+    from embodied_rl.registry import Q_HEADS
+
+    unused = given & set(Q_HEADS.get(config.algorithm.q_head_type).unused_keys)
+    if config.actor.batch_renorm:  # the actor's own layers read these
+        unused = {key for key in unused if not key.startswith("critic.batch_renorm.")}
+    return sorted(unused)
 
 
 def _announce(config: Config, run_dir: Path, device: object, resume: bool) -> None:

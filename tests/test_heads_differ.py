@@ -6,6 +6,7 @@ import torch
 from embodied_rl.batch_renorm import BatchRenorm
 from embodied_rl.builders import build_q_head, build_sac
 from embodied_rl.registry import Q_HEADS
+from embodied_rl.train import without_effect
 
 pytestmark = pytest.mark.unit
 CPU = torch.device("cpu")
@@ -141,3 +142,14 @@ def test_updates_diverge_from_the_same_start(make_config, make_policy, make_batc
         assert torch.equal(a, b)
     for a, b in zip(*(w[1] for w in weights.values()), strict=True):
         assert not torch.equal(a, b)
+
+
+def test_keys_without_effect(make_config):
+    """The default head ignores renormalisation keys, unless the actor has such layers."""
+    given = {"algorithm.tau", "critic.batch_renorm.momentum", "critic.hidden"}
+    for overrides, expected in (
+        (("algorithm.q_head_type=crossq",), ["algorithm.tau"]),
+        (("algorithm.q_head_type=default",), ["critic.batch_renorm.momentum"]),
+        (("algorithm.q_head_type=default", "actor.batch_renorm=true"), []),
+    ):
+        assert without_effect(make_config(*overrides), given) == expected
