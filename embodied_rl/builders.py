@@ -15,7 +15,8 @@ from embodied_rl.errors import UserError
 from embodied_rl.interfaces import QHead, ReplayBuffer, VecEnv
 from embodied_rl.policy import Policy
 from embodied_rl.registry import ACTORS, BACKBONES, ENVS, Q_HEADS
-from embodied_rl.replay.buffer import MixedReplay, TrajectoryReplay
+from embodied_rl.replay.buffer import TrajectoryReplay
+from embodied_rl.replay.mixed import MixedReplay
 from embodied_rl.replay.store import TrajectoryStore
 from embodied_rl.sac import SAC
 from embodied_rl.temperature import Temperature
@@ -131,7 +132,14 @@ def build_replay(
     meta = {}
     if config.policy.cache_features:
         meta["fingerprint"] = policy.backbone.fingerprint()
-    store = TrajectoryStore(folder, algorithm.replay_buffer.segment_size, meta)
+    settings = algorithm.replay_buffer
+    store = TrajectoryStore(
+        folder,
+        settings.segment_size,
+        meta,
+        max_bytes=settings.max_bytes,
+        compression=settings.compression,
+    )
     online = TrajectoryReplay(store, algorithm, encode, device, seed=config.seed)
     path = find_demos(algorithm.demo.path, config.policy.path)
     if path is None or algorithm.demo.fraction == 0:
@@ -143,12 +151,14 @@ def build_replay(
     everything = dataclasses.replace(
         algorithm.replay_buffer,
         enable_cache=True,
+        cache_bytes=None,
+        prefetch=0,
         cache_size=len(trajectories),
         sample_window_size=len(trajectories),
         min_buffer_size=1,
     )
-    settings = dataclasses.replace(algorithm, replay_buffer=everything)
-    demos = TrajectoryReplay(None, settings, encode, device, seed=config.seed + 1, is_demo=True)
+    whole = dataclasses.replace(algorithm, replay_buffer=everything)
+    demos = TrajectoryReplay(None, whole, encode, device, seed=config.seed + 1, is_demo=True)
     for trajectory in trajectories:
         demos.add(trajectory)
     return MixedReplay(online, demos, algorithm.demo.fraction)

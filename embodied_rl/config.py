@@ -26,6 +26,7 @@ class EnvConfig:
     max_episode_steps: Optional[int] = None  # null: the task's own limit
     ignore_terminations: bool = True  # ManiSkill: reaching success does not end an episode
     render_size: int = 256  # pixels, side of a video frame
+    worker_timeout: float = 300.0  # seconds for a step or reset before its process is restarted
     kwargs: dict[str, Any] = field(default_factory=dict)  # passed on to the simulator
 
 
@@ -147,6 +148,12 @@ class ReplayBufferConfig:
     cache_size: int = 6000  # trajectories held in memory
     sample_window_size: int = 6000  # newest trajectories to sample from
     min_buffer_size: int = 2  # trajectories before training starts
+    cache_bytes: Optional[int] = 4_294_967_296  # bound on that memory; null: only cache_size
+    cache_device: str = "auto"  # auto (where the networks are) | cpu
+    pin_memory: bool = False  # cpu cache, networks on a GPU: page-locked batches
+    prefetch: int = 0  # batches read ahead in the background; for images and large windows
+    max_bytes: Optional[int] = None  # disk budget: the oldest are evicted beyond it; null: none
+    compression: str = "none"  # none | zstd: of images on disk
     segment_size: int = 64  # trajectories per file on disk
 
 
@@ -211,6 +218,7 @@ class TrainConfig:
     keep_checkpoints: int = 2  # newest checkpoints kept besides the best
     log_interval: int = 500  # env steps between metric records
     diagnostics: bool = True  # Q bias, dormant units, clip fractions, weight norms per record
+    guard: bool = True  # stop at the first NaN or infinity and save the batch; false: train on
     threads: int = 1  # torch threads; the other cores step the environments
 
 

@@ -12,7 +12,7 @@ import torch
 from embodied_rl.backbones.state import OBS_KEY, StateBackbone
 from embodied_rl.errors import UserError
 from embodied_rl.policy import Policy, find_policy
-from embodied_rl.replay.store import META, read_all
+from embodied_rl.replay.reader import META, read_all
 from embodied_rl.types import Features, Obs, Trajectory
 
 DEMOS = "demos"  # folder beside a policy's weights

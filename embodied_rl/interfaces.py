@@ -176,6 +176,10 @@ class ReplayBuffer(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes back to the trajectories and generators of a checkpoint."""
 
+    @abstractmethod
+    def close(self) -> None:
+        """Writes what is not on disk yet and lets go of the files."""
+
     @property
     @abstractmethod
     def ready(self) -> bool:
@@ -196,6 +200,24 @@ class VecEnv(ABC):
         """
 
     @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """What `resume` needs to come back to where every environment is (not inside a step)."""
+
+    @abstractmethod
+    def resume(self, state: dict[str, Any], next_seeds: Sequence[int]) -> tuple[Obs, Tensor]:
+        """Goes back to a state, in the middle of episodes.
+
+        Args:
+            state: what `state_dict` returned, of as many environments.
+            next_seeds: per environment, the seed of the episode after its present one.
+
+        Returns:
+            Observations to act on, and [N] bool `restarted`: environments that did not come back to
+            what they showed (a simulator that is not deterministic, or other settings). They have
+            begun their next episode.
+        """
+
+    @abstractmethod
     def send(self, actions: Tensor, next_seeds: Sequence[int]) -> None:
         """Starts one step; an environment whose episode ends resets itself to its next seed.
 
@@ -206,11 +228,15 @@ class VecEnv(ABC):
 
     @abstractmethod
     def recv(self) -> StepResult:
-        """Waits for the step that `send` started."""
+        """Waits for the step that `send` started; `restarted` says which environments were lost."""
 
     @abstractmethod
-    def render(self, env: int) -> np.ndarray:
-        """Returns a uint8 frame [height, width, 3] of one environment."""
+    def render(self, env: int) -> np.ndarray | None:
+        """Returns a uint8 frame [height, width, 3], or None if the environment was lost at that."""
+
+    def pop_warnings(self) -> list[str]:
+        """One line for each environment restarted since the last call."""
+        return []
 
     @abstractmethod
     def close(self) -> None:

@@ -28,6 +28,8 @@ CHOICES: dict[str, list[str]] = {
     "algorithm.bootstrap_type": ["standard", "always"],
     "algorithm.entropy_tuning.alpha_type": ["softplus", "exp", "fixed_alpha"],
     "algorithm.entropy_tuning.objective": ["alpha", "log_alpha"],
+    "algorithm.replay_buffer.cache_device": ["auto", "cpu"],
+    "algorithm.replay_buffer.compression": ["none", "zstd"],
     "eval.metric": ["success_once", "success_at_end", "return"],
     **{
         f"{owner}.lr_scheduler": ["torch_constant", "linear", "cosine"]
@@ -41,6 +43,7 @@ RANGES: dict[str, tuple[str, float, float, str]] = {
     "env.num_envs": ("[", 1, 4096, "]"),
     "env.max_episode_steps": ("[", 1, INF, ")"),
     "env.render_size": ("[", 16, 4096, "]"),
+    "env.worker_timeout": ("[", 1, 900, "]"),  # a few losses must fit into the hour that counts
     "momentum": ("[", 0, 1, ")"),
     "eps": ("(", 0, 1, "]"),
     "r_max": ("[", 1, INF, ")"),
@@ -76,6 +79,9 @@ RANGES: dict[str, tuple[str, float, float, str]] = {
     "sample_window_size": ("[", 1, INF, ")"),
     "min_buffer_size": ("[", 1, INF, ")"),
     "segment_size": ("[", 1, INF, ")"),
+    "cache_bytes": ("[", 1, INF, ")"),
+    "max_bytes": ("[", 1, INF, ")"),
+    "prefetch": ("[", 0, 64, "]"),
     "rollout.steps": ("[", 1, INF, ")"),
     "random_steps": ("[", 0, INF, ")"),
     "max_trajectory_steps": ("[", 1, INF, ")"),

@@ -4,6 +4,9 @@ import contextlib
 import dataclasses
 import json
 import resource
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,14 +15,23 @@ import torch
 from embodied_rl.collector import Collector
 from embodied_rl.config import RolloutConfig
 from embodied_rl.errors import ReplayNotReady, UserError
+from embodied_rl.guard import Guard
 from embodied_rl.policy import Policy
-from embodied_rl.replay.buffer import MixedReplay, TrajectoryReplay
+from embodied_rl.replay.buffer import TrajectoryReplay
 from embodied_rl.replay.cache import TrajectoryCache
-from embodied_rl.replay.store import TrajectoryStore, read_all
+from embodied_rl.replay.mixed import MixedReplay
+from embodied_rl.replay.prefetch import Prefetcher
+from embodied_rl.replay.reader import StoreReader, read_all
+from embodied_rl.replay.store import TrajectoryStore
 from embodied_rl.types import Batch, Features, Trajectory
 
 pytestmark = pytest.mark.unit
 CPU = torch.device("cpu")
+
+
+def die(store: TrajectoryStore) -> None:
+    """What the end of a process does: the lock is gone, nothing is flushed."""
+    store._held.close()
 
 
 def encode(obs) -> Features:
@@ -29,7 +41,11 @@ def encode(obs) -> Features:
 
 @pytest.fixture
 def make_replay(make_config, tmp_path):
-    """`make_replay("enable_cache=false", gamma=0.5)`: a buffer over `tmp_path / name`."""
+    """`make_replay("enable_cache=false", gamma=0.5)`: a buffer over `tmp_path / name`.
+
+    A second one over the same folder stands for a new process: the first one's lock is gone.
+    """
+    opened: dict[str, TrajectoryStore] = {}
 
     def make(*overrides, name="replay", seed=0, store=True, is_demo=False, meta=None, **algorithm):
         keys = [f"algorithm.replay_buffer.{o}" for o in overrides]
@@ -37,8 +53,16 @@ def make_replay(make_config, tmp_path):
         config = make_config("algorithm.replay_buffer.min_buffer_size=1", *keys).algorithm
         disk = None
         if store:
-            size = config.replay_buffer.segment_size
-            disk = TrajectoryStore(tmp_path / name, size, meta or {})
+            settings = config.replay_buffer
+            if name in opened:
+                die(opened[name])
+            disk = opened[name] = TrajectoryStore(
+                tmp_path / name,
+                settings.segment_size,
+                meta or {},
+                max_bytes=settings.max_bytes,
+                compression=settings.compression,
+            )
         return TrajectoryReplay(disk, config, encode, CPU, seed, is_demo)
 
     return make
@@ -121,13 +145,20 @@ def test_window_is_the_newest(make_replay, make_trajectory, cache):
         assert seen == newest
 
 
-def test_no_transition_crosses_an_episode(make_env, make_replay, make_backbone):
+def test_no_transition_crosses_an_episode(make_env, make_replay, make_backbone, tmp_path):
     """Real rollouts: the observation holds episode seed and step, the reward the new position."""
     policy = Policy(make_backbone(), "state")
     replay = make_replay()
     env = make_env("reach-terminates", 3, 6)
     collector = Collector(
-        env, policy, replay, RolloutConfig(), store_features=False, seed=4, device=CPU
+        env,
+        policy,
+        replay,
+        RolloutConfig(),
+        Guard(tmp_path / "failure", enabled=True),
+        store_features=False,
+        seed=4,
+        device=CPU,
     )
     collector.start()
     for _ in range(60):
@@ -246,24 +277,38 @@ def test_window_larger_than_the_cache_reads_the_disk(make_replay, make_trajector
     assert all(after == [e, t + 1] for (e, t), (_, _, after) in found.items())
 
 
+@pytest.mark.parametrize("max_rows", [None, 40])
 @pytest.mark.parametrize("seed", range(3))
-def test_cache_ring_wraps_with_unequal_lengths(make_trajectory, seed):
+def test_cache_ring_wraps_with_unequal_lengths(make_trajectory, seed, max_rows):
     rng = np.random.default_rng(seed)
-    cache, capacity = TrajectoryCache(5, CPU), 5
-    held: list[tuple[int, Trajectory]] = []
+    one = make_trajectory(0, 1).fields
+    row_bytes = sum(v[0].numel() * v.element_size() for v in one.values())
+    bound = None if max_rows is None else max_rows * row_bytes + 3
+    cache = TrajectoryCache(5, CPU, bound)
+    made: list[Trajectory] = []
     for number in range(300):
-        trajectory = make_trajectory(number, int(rng.integers(1, 12)))
-        cache.admit(number, trajectory)
-        held = [*held, (number, trajectory)][-capacity:]
-        assert len(cache) == len(held)
-        assert cache.start(number - capacity) == -1
-        for n, kept in held:
-            start = cache.start(n)
-            assert start >= 0
-            for name, value in kept.fields.items():
-                assert torch.equal(cache.fields[name][start : start + kept.length + 1], value)
-    rows = cache.fields["action"].shape[0]
-    assert rows <= 8 * capacity * 12, "the ring wraps instead of growing for ever"
+        made.append(make_trajectory(number, int(rng.integers(1, 12))))
+        cache.admit(number, made[-1].fields)
+        starts = cache.starts(np.arange(number + 1))
+        held = np.flatnonzero(starts >= 0).tolist()
+        assert len(cache) == len(held) <= 5 and held[-1] == number
+        if max_rows is None:
+            assert held == list(range(max(0, number - 4), number + 1)), "the five newest"
+        else:
+            assert cache.nbytes <= max_rows * row_bytes
+            assert held == list(range(held[0], number + 1)), "the newest, without a gap"
+            assert len(held) >= min(2, number + 1), "40 rows hold any two of at most 12"
+        for n in held:
+            for name, value in made[n].fields.items():
+                rows = slice(starts[n], starts[n] + made[n].length + 1)
+                assert torch.equal(cache.fields[name][rows], value)
+    assert cache.fields["action"].shape[0] <= 8 * 5 * 12, "it wraps instead of growing for ever"
+
+
+def test_cache_refuses_what_is_larger_than_its_bound(make_replay, make_trajectory):
+    replay = make_replay("cache_bytes=100", "cache_size=8")
+    replay.add(make_trajectory(0, 50))
+    assert sampled(replay).keys() == {(0, t) for t in range(50)}, "read from disk"
 
 
 # ---------------------------------------------------------------- demonstrations
@@ -368,8 +413,14 @@ def test_resume_goes_on_without_a_damaged_segment(
 # ---------------------------------------------------------------- store
 
 
-def open_store(folder, size=2, **meta) -> TrajectoryStore:
-    return TrajectoryStore(folder, size, meta)
+LATEST: dict[Path, TrajectoryStore] = {}  # the one that a next `open_store` takes over from
+
+
+def open_store(folder, size=2, **options) -> TrajectoryStore:
+    if folder in LATEST:
+        die(LATEST.pop(folder))
+    LATEST[folder] = TrajectoryStore(folder, size, {}, **options)
+    return LATEST[folder]
 
 
 def write(folder, make_trajectory, lengths, size=2) -> list[Trajectory]:
@@ -398,13 +449,13 @@ def test_store_round_trip(tmp_path, make_trajectory):
         store.append(trajectory)
     assert len(segments(tmp_path)) == 2, "two full segments on disk, one trajectory in memory"
     assert all(equal(store.read(i), t) for i, t in enumerate(made))
-    rows = store.read_rows(4, 2, 4, ["reward"])
-    assert list(rows) == ["reward"] and rows["reward"].tolist() == [[402.0], [403.0]]
+    rows = store.gather(np.array([4, 0, 4]), np.array([3, 1, 2]), ["reward"])
+    assert list(rows) == ["reward"] and rows["reward"].tolist() == [[403.0], [1.0], [402.0]]
     store.flush()
     store.flush()  # nothing left: writes nothing
     assert len(segments(tmp_path)) == 3
     again = open_store(tmp_path)
-    assert [again.length(i) for i in range(len(again))] == [3, 1, 4, 1, 5]
+    assert again.lengths.tolist() == [3, 1, 4, 1, 5]
     assert all(equal(again.read(i), t) for i, t in enumerate(made))
     assert again.problems == []
     assert all(equal(t.fields, m) for t, m in zip(read_all(tmp_path), made, strict=True))
@@ -414,33 +465,68 @@ def test_unflushed_trajectories_are_all_that_a_crash_loses(tmp_path, make_trajec
     store = open_store(tmp_path)
     for episode in range(3):
         store.append(make_trajectory(episode, 2))
-    (tmp_path / "segment-000001.safetensors.tmp").write_bytes(b"half a file")
+    (tmp_path / "segment-000000002.safetensors.tmp").write_bytes(b"half a file")
     again = open_store(tmp_path)
     assert len(again) == 2 and again.problems == []
     assert not list(tmp_path.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("harm", ["truncated", "flipped", "missing", "emptied"])
+@pytest.mark.parametrize("harm", ["truncated", "header", "missing", "emptied"])
 def test_damaged_segment_is_reported_and_the_rest_reads(tmp_path, make_trajectory, harm):
     made = write(tmp_path, make_trajectory, [2] * 6)
     victim = segments(tmp_path)[1]
     data = bytearray(victim.read_bytes())
     if harm == "truncated":
         victim.write_bytes(data[: len(data) // 2])
-    elif harm == "flipped":
-        data[-5] ^= 1
+    elif harm == "header":
+        data[100] ^= 1
         victim.write_bytes(data)
     elif harm == "emptied":
         victim.write_bytes(b"")
     else:
         victim.unlink()
-    store = open_store(tmp_path)
-    # the numbers of the others stay, the lost ones have length 0
-    assert [store.length(i) for i in range(len(store))] == [2, 2, 0, 0, 2, 2]
-    assert all(equal(store.read(i), made[i]) for i in (0, 1, 4, 5))
-    assert len(store.problems) == 1 and victim.name in store.problems[0]
-    assert "2 trajectories are lost" in store.problems[0]
+    for opened in (StoreReader(tmp_path), open_store(tmp_path), open_store(tmp_path)):
+        # the numbers of the others stay, the lost ones have length 0
+        assert opened.lengths.tolist() == [2, 2, 0, 0, 2, 2]
+        assert all(equal(opened.read(i), made[i]) for i in (0, 1, 4, 5))
+        assert len(opened.problems) == 1 and victim.name in opened.problems[0]
+        assert "2 trajectories are lost" in opened.problems[0]
+        with pytest.raises(UserError, match="trajectory 2 is not there"):
+            opened.read(2)
     assert victim.with_suffix(".corrupt").exists() == (harm != "missing")
+
+
+def test_flipped_bit_costs_one_trajectory(tmp_path, make_trajectory):
+    made = write(tmp_path, make_trajectory, [2] * 6)
+    victim = segments(tmp_path)[1]
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1  # the last field's last row belongs to trajectory 3
+    victim.write_bytes(data)
+    store = open_store(tmp_path)
+    assert store.problems == [] and len(store.verify()) == 1, "found when it is read"
+    for _ in range(2):
+        with pytest.raises(UserError, match="trajectory 3 .*is damaged"):
+            store.read(3)
+    assert store.lengths.tolist() == [2, 2, 2, 0, 2, 2]
+    again = open_store(tmp_path)  # left out from the start
+    assert again.lengths.tolist() == [2, 2, 2, 0, 2, 2] and len(again.problems) == 1
+    assert all(equal(again.read(i), made[i]) for i in (0, 1, 2, 4, 5))
+
+
+@pytest.mark.parametrize("ahead", [0, 3])
+@pytest.mark.parametrize("cache", ["enable_cache=true", "enable_cache=false"])
+def test_sampling_goes_on_without_a_damaged_trajectory(
+    make_replay, make_trajectory, tmp_path, cache, ahead
+):
+    fill(make_replay(), make_trajectory, [2] * 8).state_dict()
+    victim = segments(tmp_path / "replay")[1]
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    replay = make_replay(cache, f"prefetch={ahead}")
+    assert {episode for episode, _ in sampled(replay)} == {0, 1, 2, 3, 4, 5, 6}
+    assert len(replay.problems) == 1 and "trajectory 7" in replay.problems[0]
+    assert replay.transitions == 14
 
 
 def test_appending_after_damage_harms_no_older_segment(tmp_path, make_trajectory):
@@ -453,37 +539,42 @@ def test_appending_after_damage_harms_no_older_segment(tmp_path, make_trajectory
     expected = [*made, extra]
     assert all(equal(store.read(i), expected[i]) for i in range(2, 7))
     again = open_store(tmp_path)
-    assert [again.length(i) for i in range(len(again))] == [0, 0, 2, 2, 2, 2, 3]
+    assert again.lengths.tolist() == [0, 0, 2, 2, 2, 2, 3]
     assert all(equal(again.read(i), expected[i]) for i in range(2, 7))
-    again.truncate(6)
+    again.go_back(0, 6)
     assert len(open_store(tmp_path)) == 6
 
 
 def test_damaged_demonstrations_are_refused(tmp_path, make_trajectory):
     write(tmp_path, make_trajectory, [2] * 4)
     segments(tmp_path)[1].write_bytes(b"")
-    with pytest.raises(UserError, match=r"is damaged: segment-000001.*Copy it again"):
+    with pytest.raises(UserError, match=r"is damaged: segment-000000002.*Copy it again"):
         read_all(tmp_path)
 
 
-def test_torn_index_line_costs_only_its_own_segment(tmp_path, make_trajectory):
+@pytest.mark.parametrize("harm", ["torn", "flipped", "gone"])
+def test_a_damaged_index_costs_nothing(tmp_path, make_trajectory, harm):
     made = write(tmp_path, make_trajectory, [2] * 4)
     index = tmp_path / "index.jsonl"
-    index.write_text(index.read_text()[:-20])  # a crash in the middle of the last line
+    text = index.read_text()
+    if harm == "gone":
+        index.unlink()
+    else:
+        index.write_text(text[:-20] if harm == "torn" else text.replace("[2, 2]", "[2, 3]"))
     store = open_store(tmp_path)
-    assert len(store) == 2 and "index line unreadable" in store.problems[0]
+    assert store.lengths.tolist() == [2] * 4 and store.problems == []
+    assert index.read_text() == text, "rebuilt from what the segments say of themselves"
     extra = make_trajectory(9, 3)
     store.append(extra)
     store.flush()
     again = open_store(tmp_path)
-    assert len(again) == 3
-    assert equal(again.read(0), made[0]) and equal(again.read(2), extra)
+    assert all(equal(again.read(i), t) for i, t in enumerate([*made, extra]))
 
 
-def test_truncate_goes_back_to_a_flush(tmp_path, make_trajectory):
+def test_going_back_ends_at_back_to_a_flush(tmp_path, make_trajectory):
     made = write(tmp_path, make_trajectory, [2] * 6)
     store = open_store(tmp_path)
-    store.truncate(4)
+    store.go_back(0, 4)
     assert len(store) == 4 and len(segments(tmp_path)) == 2
     extra = make_trajectory(9, 5)
     store.append(extra)
@@ -491,17 +582,17 @@ def test_truncate_goes_back_to_a_flush(tmp_path, make_trajectory):
     again = open_store(tmp_path)
     assert [again.length(i) for i in range(5)] == [2, 2, 2, 2, 5]
     assert equal(again.read(3), made[3]) and equal(again.read(4), extra)
-    again.truncate(0)
+    again.go_back(0, 0)
     assert len(open_store(tmp_path)) == 0 and not segments(tmp_path)
 
 
-def test_truncate_refuses_what_it_cannot_do(tmp_path, make_trajectory):
+def test_going_back_refuses_what_it_cannot_do(tmp_path, make_trajectory):
     write(tmp_path, make_trajectory, [2] * 4)
     store = open_store(tmp_path)
     with pytest.raises(UserError, match=r"holds 4 trajectories, the checkpoint counts 5"):
-        store.truncate(5)
+        store.go_back(0, 5)
     with pytest.raises(UserError, match="trajectory 3 is inside a segment"):
-        store.truncate(3)
+        store.go_back(0, 3)
     assert len(open_store(tmp_path)) == 4
 
 
@@ -511,14 +602,205 @@ def test_foreign_meta_is_an_error(tmp_path, make_replay):
         make_replay(meta={"fingerprint": "bbb"})
     make_replay(meta={"fingerprint": "aaa"})
     meta = tmp_path / "replay" / "meta.json"
-    meta.write_text(meta.read_text().replace('"version": 1', '"version": 99'))
-    with pytest.raises(UserError, match="version=99, this run has 1"):
+    meta.write_text(meta.read_text().replace('"version": 2', '"version": 99'))
+    with pytest.raises(UserError, match="version 99; this version of embodied_rl reads"):
         make_replay(meta={"fingerprint": "aaa"})
 
 
 def test_not_a_store(tmp_path):
     with pytest.raises(UserError, match=r"holds no meta\.json"):
         read_all(tmp_path)
+
+
+def test_two_processes_cannot_write_the_same_folder(tmp_path, make_trajectory):
+    store = open_store(tmp_path)
+    with pytest.raises(UserError, match="is being written by another process"):
+        TrajectoryStore(tmp_path, 2, {})
+    store.close()
+    TrajectoryStore(tmp_path, 2, {}).close()
+
+
+def test_a_reader_sees_what_was_published_and_changes_nothing(tmp_path, make_trajectory):
+    store = open_store(tmp_path)
+    made = [make_trajectory(e, 2) for e in range(5)]
+    for trajectory in made[:3]:
+        store.append(trajectory)
+    (tmp_path / "segment-000000002.safetensors.tmp").write_bytes(b"half a segment")
+    files = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    reader = StoreReader(tmp_path)
+    assert len(reader) == 2 and reader.problems == [] and equal(reader.read(1), made[1])
+    assert reader.verify() == []
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == files
+    for trajectory in made[3:]:
+        store.append(trajectory)
+    assert len(reader) == 2 and equal(reader.read(0), made[0])
+    assert len(StoreReader(tmp_path)) == 4
+
+
+def test_a_second_process_may_sample(tmp_path, make_replay, make_trajectory, make_config):
+    fill(make_replay(), make_trajectory, [2] * 8)
+    config = make_config("algorithm.replay_buffer.min_buffer_size=1").algorithm
+    second = TrajectoryReplay(StoreReader(tmp_path / "replay"), config, encode, CPU, 0)
+    assert {episode for episode, _ in sampled(second)} == set(range(8))
+    with pytest.raises(TypeError, match="may not write"):
+        second.add(make_trajectory(9, 2))
+
+
+def test_read_only_folder_is_told(tmp_path, make_trajectory, monkeypatch):
+    def refuse(self, *arguments, **options):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)  # root may write anywhere, so modes cannot test this
+    with pytest.raises(
+        UserError, match=r"cannot write replay.*Permission denied.*make it writable"
+    ):
+        TrajectoryStore(tmp_path / "new", 2, {})
+
+
+# ---------------------------------------------------------------- eviction
+
+
+def bytes_of(folder) -> int:
+    return sum(p.stat().st_size for p in segments(folder))
+
+
+def test_eviction_keeps_the_newest_within_the_budget(tmp_path, make_trajectory):
+    write(tmp_path / "one", make_trajectory, [5] * 2)
+    one = bytes_of(tmp_path / "one")
+    budget = 4 * one + 50
+    store = open_store(tmp_path / "all", max_bytes=budget)
+    made = [make_trajectory(e, 5) for e in range(40)]
+    for trajectory in made:
+        store.append(trajectory)
+        assert bytes_of(tmp_path / "all") <= budget
+    assert store.first == 32 and store.nbytes == bytes_of(tmp_path / "all")
+    again = open_store(tmp_path / "all", max_bytes=budget)
+    for opened in (store, again, StoreReader(tmp_path / "all")):
+        assert (opened.first, len(opened), opened.problems) == (32, 40, [])
+        assert all(equal(opened.read(i), made[i]) for i in range(32, 40))
+        with pytest.raises(UserError, match="trajectory 31 is not there"):
+            opened.read(31)
+    assert again.append(make_trajectory(40, 5)) == 40, "numbers go on"
+
+
+@pytest.mark.parametrize("cache", ["enable_cache=true", "enable_cache=false"])
+def test_evicted_trajectories_are_not_sampled(make_replay, make_trajectory, tmp_path, cache):
+    write(tmp_path / "one", make_trajectory, [5] * 4)
+    budget = bytes_of(tmp_path / "one") * 2
+    replay = fill(make_replay(cache, f"max_bytes={budget}"), make_trajectory, [5] * 40)
+    assert {episode for episode, _ in sampled(replay)} == set(range(replay.store.first, 40))
+    assert 28 <= replay.store.first <= 36
+
+
+@pytest.mark.parametrize("cache", ["enable_cache=true", "enable_cache=false"])
+def test_resume_is_exact_although_evicted_since(make_replay, make_trajectory, tmp_path, cache):
+    write(tmp_path / "one", make_trajectory, [5] * 4)
+    keys = (cache, f"max_bytes={bytes_of(tmp_path / 'one') * 2}")
+    replay = fill(make_replay(*keys), make_trajectory, [5] * 24)
+    state = replay.state_dict()
+    expected = [replay.sample(16) for _ in range(3)]
+    fill(replay, make_trajectory, [3] * 40)  # evicts all that the checkpoint sampled from
+    assert replay.store.first >= 24
+    again = make_replay(*keys)
+    again.load_state_dict(state)
+    assert again.problems == []
+    assert all(same_batch(again.sample(16), batch) for batch in expected)
+    assert bytes_of(tmp_path / "replay") < 4 * bytes_of(tmp_path / "one")
+
+
+def test_old_checkpoints_let_go_of_the_disk(make_replay, make_trajectory, tmp_path):
+    write(tmp_path / "one", make_trajectory, [5] * 4)
+    one = bytes_of(tmp_path / "one")
+    replay = make_replay(f"max_bytes={2 * one}")
+    for _ in range(30):
+        fill(replay, make_trajectory, [5] * 4)
+        replay.state_dict()
+    # the budget, and what the two newest checkpoints may still need
+    assert bytes_of(tmp_path / "replay") <= (2 + 2) * one + 100
+
+
+# ---------------------------------------------------------------- prefetch and compression
+
+
+@pytest.mark.parametrize("cache", ["enable_cache=true", "enable_cache=false", "cache_size=2"])
+def test_prefetched_batches_do_not_depend_on_timing(make_replay, make_trajectory, cache):
+    """Each batch is drawn `prefetch` batches early, whatever the thread does meanwhile."""
+
+    def run(name, pause):
+        replay = fill(make_replay(cache, "prefetch=2", name=name), make_trajectory, [4] * 3)
+        batches = []
+        for episode in range(3, 30):
+            batches.append(replay.sample(8))
+            time.sleep(pause)
+            replay.add(make_trajectory(episode, 4))
+        return batches
+
+    both = zip(run("a", 0.0), run("b", 0.003), strict=True)
+    assert all(same_batch(a, b) for a, b in both)
+
+
+def test_a_checkpoint_with_prefetched_batches(make_replay, make_trajectory):
+    """A checkpoint sets both the run that goes on and the resumed one back to the same draw."""
+    replay = fill(make_replay("prefetch=3"), make_trajectory, [4] * 6)
+    replay.sample(8)
+    state = replay.state_dict()
+    expected = [replay.sample(8) for _ in range(6)]
+    again = make_replay("prefetch=3", seed=9)
+    again.load_state_dict(state)
+    assert all(same_batch(again.sample(8), batch) for batch in expected)
+
+
+def test_errors_of_the_prefetching_thread_surface_where_the_batch_is_taken(
+    make_replay, make_trajectory, monkeypatch
+):
+    replay = fill(make_replay("prefetch=2", "enable_cache=false"), make_trajectory, [4] * 6)
+    replay.sample(4)
+
+    def fail(*arguments):
+        raise OSError("the disk went away")
+
+    monkeypatch.setattr(replay.store, "gather", fail)
+    started = time.monotonic()
+    with pytest.raises(OSError, match="the disk went away"):
+        for _ in range(4):
+            replay.sample(4)
+    assert time.monotonic() - started < 5
+
+
+def test_a_read_that_hangs_is_told():
+    prefetcher = Prefetcher[int](1, timeout=0.05)
+    block = threading.Event()
+    with pytest.raises(UserError, match="took more than"):
+        prefetcher.take(lambda: lambda: int(block.wait(30)))
+    block.set()
+
+
+def test_compressed_images_read_back_exactly(make_replay, make_trajectory, tmp_path):
+    rng = np.random.default_rng(0)
+
+    def with_image(episode, length):
+        trajectory = make_trajectory(episode, length)
+        image = np.zeros((length + 1, 16, 16, 3), np.uint8)
+        image[:, :4] = rng.integers(0, 255, (length + 1, 4, 16, 3), np.uint8)
+        return Trajectory({**trajectory.fields, "obs.rgb": torch.from_numpy(image)})
+
+    made = [with_image(e, 2 + e) for e in range(6)]
+    for compression in ("none", "zstd"):
+        store = open_store(tmp_path / compression, compression=compression)
+        for trajectory in made:
+            store.append(trajectory)
+        store.flush()
+        reader = StoreReader(tmp_path / compression)
+        assert all(equal(reader.read(i), t) for i, t in enumerate(made))
+        rows = reader.gather(np.array([5, 0, 3]), np.array([7, 1, 0]), ["obs.rgb"])["obs.rgb"]
+        for row, (n, t) in zip(rows, [(5, 7), (0, 1), (3, 0)], strict=True):
+            assert torch.equal(row, made[n].fields["obs.rgb"][t])
+    assert bytes_of(tmp_path / "zstd") < 0.6 * bytes_of(tmp_path / "none")
+    victim = segments(tmp_path / "zstd")[0]
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 16
+    victim.write_bytes(data)
+    assert len(StoreReader(tmp_path / "zstd").verify()) == 1
 
 
 @contextlib.contextmanager

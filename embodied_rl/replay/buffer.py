@@ -1,8 +1,10 @@
-"""Sampling transitions from trajectories: windows, returns, and the share of demonstrations."""
+"""Sampling transitions from trajectories: windows, returns, and batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,18 +14,41 @@ from torch import Tensor
 from embodied_rl.config import AlgorithmConfig
 from embodied_rl.errors import ReplayNotReady
 from embodied_rl.interfaces import ReplayBuffer
-from embodied_rl.replay.cache import TrajectoryCache
+from embodied_rl.replay.cache import NOT_HELD, TrajectoryCache
+from embodied_rl.replay.prefetch import Prefetcher
+from embodied_rl.replay.reader import LostError, StoreReader
 from embodied_rl.replay.store import TrajectoryStore
+from embodied_rl.replay.window import Window
 from embodied_rl.types import Batch, Features, Obs, Trajectory
 
 VECTOR, BASE = "features.vector", "features.base_action"
+RETURNS = ("reward", "steps", "terminated")
+CHECKPOINTS = 2  # the newest ones, whose evicted trajectories stay on disk
+
+
+@dataclass
+class Draw:
+    """Which transitions a batch is made of, all int64 [B].
+
+    Attributes:
+        number: trajectory.
+        offset: decision in it.
+        left: decisions from there to its end.
+        start: first row of the trajectory in the cache, -1 where it is on disk only.
+    """
+
+    number: np.ndarray
+    offset: np.ndarray
+    left: np.ndarray
+    start: np.ndarray
 
 
 class TrajectoryReplay(ReplayBuffer):
     """Uniform over the transitions of the newest `sample_window_size` trajectories.
 
     Args:
-        store: where trajectories are kept; None keeps them in the cache only.
+        store: where trajectories are kept; a `StoreReader` for sampling only; None keeps them in
+            the cache only.
         config: gamma, n_step, bootstrap_type and the `replay_buffer` group.
         encode: backbone forward for trajectories that carry no features.
         device: where batches are built.
@@ -33,7 +58,7 @@ class TrajectoryReplay(ReplayBuffer):
 
     def __init__(
         self,
-        store: TrajectoryStore | None,
+        store: StoreReader | None,
         config: AlgorithmConfig,
         encode: Callable[[Obs], Features],
         device: torch.device,
@@ -42,45 +67,44 @@ class TrajectoryReplay(ReplayBuffer):
     ) -> None:
         settings = config.replay_buffer
         self.store, self.config, self.device = store, config, device
-        self.window, self.minimum = settings.sample_window_size, settings.min_buffer_size
-        self.is_demo = is_demo
+        self.minimum, self.is_demo = settings.min_buffer_size, is_demo
         self._encode = encode
         self._rng = np.random.default_rng(seed)
-        in_memory = settings.enable_cache or store is None
-        self._cache = TrajectoryCache(settings.cache_size, device) if in_memory else None
-        self._lengths: list[int] = []
-        self._cumulative = np.zeros(0, np.int64)
-        self._starts = np.zeros(0, np.int64)
-        if store is not None:
-            self._load_existing()
+        self._cache: TrajectoryCache | None = None
+        self._window = Window(settings.sample_window_size)
+        self._ahead: deque[Mapping[str, Any]] = deque()  # generator states before prefetched draws
+        self._prefetch = Prefetcher[dict[str, Tensor]](settings.prefetch)
+        self._checkpoints: deque[int] = deque(maxlen=CHECKPOINTS)
+        self._load_existing()
 
     def __len__(self) -> int:
-        return len(self._lengths)
+        return len(self._window)
 
     @property
     def problems(self) -> list[str]:
-        """What the store had to leave out when it was opened."""
+        """What the store had to leave out so far."""
         return self.store.problems if self.store is not None else []
 
     @property
     def transitions(self) -> int:
         """Transitions that `sample` chooses from."""
-        return int(self._cumulative[-1]) if len(self._cumulative) else 0
+        return self._window.transitions
 
     @property
     def ready(self) -> bool:
         """Whether `min_buffer_size` trajectories are there."""
-        return len(self) >= self.minimum and self.transitions > 0
+        return len(self) - self._window.first >= self.minimum and self.transitions > 0
 
     def add(self, trajectory: Trajectory) -> None:
         """Appends a trajectory to disk and cache."""
-        number = len(self._lengths)
+        number = len(self)
+        self._prefetch.settle()  # adding may evict rows that were drawn ahead
         if self.store is not None:
-            self.store.append(trajectory)
-        self._lengths.append(trajectory.length)
+            self._writable().append(trajectory)
+            self._window.first = self.store.first
+        self._window.append(trajectory.length)
         if self._cache is not None:
-            self._cache.admit(number, trajectory)
-        self._refresh_window()
+            self._cache.admit(number, _sampled_fields(trajectory.fields))
 
     def sample(self, n: int) -> Batch:
         """Returns exactly n transitions, with replacement, from this buffer's own generator.
@@ -88,38 +112,61 @@ class TrajectoryReplay(ReplayBuffer):
         Raises:
             ReplayNotReady: fewer than `min_buffer_size` trajectories.
         """
+        self._check_ready()
+        while True:
+            try:
+                if self._prefetch.depth == 0:
+                    rows = self._gather(self._draw(n))
+                else:
+                    rows = self._prefetch.take(lambda: self._plan(n))
+                    self._ahead.popleft()
+                return self._batch(rows)
+            except LostError as error:
+                for number in error.numbers:
+                    self._window.forget(number)
+                self._forget_ahead(rewind=False)
+                self._check_ready()
+
+    def _check_ready(self) -> None:
         if not self.ready:
             raise ReplayNotReady(
                 f"{len(self)} trajectories of the {self.minimum} that "
-                "algorithm.replay_buffer.min_buffer_size asks for"
+                f"algorithm.replay_buffer.min_buffer_size asks for. {' '.join(self.problems)}"
             )
-        position = self._rng.integers(self.transitions, size=n)
-        which = np.searchsorted(self._cumulative, position, side="right")
-        first = len(self._lengths) - len(self._cumulative)
-        lengths = np.asarray(self._lengths[first:])[which]
-        offset = position - (self._cumulative[which] - lengths)
-        return self._build(which + first, self._starts[which], offset, lengths - offset)
 
-    def _build(
-        self, number: np.ndarray, start: np.ndarray, offset: np.ndarray, left: np.ndarray
-    ) -> Batch:
-        """Builds a batch from trajectory numbers, cache rows (-1: on disk) and offsets.
+    def _plan(self, n: int) -> Callable[[], dict[str, Tensor]]:
+        """Draws now, in the order of calls, what the prefetching thread will read."""
+        self._ahead.append(self._rng.bit_generator.state)
+        draw = self._draw(n)
+        return lambda: self._gather(draw)
 
-        `left` counts the decisions from each offset to its trajectory's end.
-        """
-        config = self.config
-        rows = Rows(self, number, start, offset)
-        names = ["reward", "steps", "terminated"]
-        here = rows.read(["action", *names, *self._observation_names()], 0)
-        reward, steps, terminated = (here[k] for k in names)
-        reward, steps = _discounted(reward, config.gamma), steps.to(torch.float32)
-        used = np.ones(len(number), np.int64)
+    def _forget_ahead(self, *, rewind: bool) -> None:
+        """Drops prefetched batches; `rewind` sets the generator back to before they were drawn."""
+        if rewind and self._ahead:
+            self._rng.bit_generator.state = self._ahead[0]
+        self._ahead.clear()
+        self._prefetch.drop()
+
+    def _draw(self, n: int) -> Draw:
+        number, offset, left = self._window.draw(self._rng, n)
+        if self._cache is None:
+            return Draw(number, offset, left, np.full(n, NOT_HELD))
+        return Draw(number, offset, left, self._cache.starts(number))
+
+    def _gather(self, draw: Draw) -> dict[str, Tensor]:
+        """Reads a batch's rows: fields of the transitions, their returns, and `next.<field>`."""
+        config, n = self.config, len(draw.number)
+        here = self._read(draw, draw.offset, self._names)
+        reward = _discounted(here.pop("reward"), config.gamma)
+        steps = here.pop("steps").to(torch.float32)
+        terminated = here.pop("terminated")
+        used = np.ones(n, np.int64)
         for k in range(1, config.n_step):
-            more = (left > k) & ~terminated.cpu().numpy()
+            more = (draw.left > k) & ~terminated.cpu().numpy()
             if not more.any():
                 break
-            mask = torch.from_numpy(more).to(self.device)
-            following = rows.read(names, np.where(more, k, 0))
+            mask = torch.from_numpy(more).to(reward.device)
+            following = self._read(draw, draw.offset + np.where(more, k, 0), RETURNS)
             gain = _discounted(following["reward"], config.gamma)
             reward = reward + torch.where(mask, config.gamma**steps * gain, 0.0)
             steps = steps + torch.where(mask, following["steps"].to(torch.float32), 0.0)
@@ -128,152 +175,145 @@ class TrajectoryReplay(ReplayBuffer):
         discount = config.gamma**steps
         if config.bootstrap_type == "standard":
             discount = discount * ~terminated
-        after = rows.read(self._observation_names(), used)
-        demo = torch.full((len(number),), self.is_demo, device=self.device)
-        return Batch(
-            self._features(here), self._features(after), here["action"], reward, discount, demo
-        )
+        after = self._read(draw, draw.offset + used, self._observation_names)
+        here |= {f"next.{name}": value for name, value in after.items()}
+        return here | {"reward": reward, "discount": discount}
 
-    def _observation_names(self) -> list[str]:
-        if VECTOR in self._field_names:
-            return [VECTOR, BASE]
-        return [name for name in self._field_names if name.startswith("obs.")]
+    def _read(self, draw: Draw, offset: np.ndarray, names: Any) -> dict[str, Tensor]:
+        """Returns fields at the given offsets, [B, ...], from the cache where they are held."""
+        held = draw.start >= 0
+        if self._cache is not None and held.all():
+            index = torch.from_numpy(draw.start + offset).to(self._cache.device)
+            return {name: self._cache.fields[name].index_select(0, index) for name in names}
+        assert self.store is not None
+        if not held.any():
+            return self.store.gather(draw.number, offset, names)
+        assert self._cache is not None
+        miss, at = torch.from_numpy(np.flatnonzero(~held)), torch.from_numpy(np.flatnonzero(held))
+        missed = self.store.gather(draw.number[~held], offset[~held], names)
+        index = torch.from_numpy((draw.start + offset)[held]).to(self._cache.device)
+        out = {}
+        for name in names:
+            rows = self._cache.fields[name].index_select(0, index)
+            out[name] = rows.new_empty((len(draw.number), *rows.shape[1:]))
+            out[name][at] = rows
+            out[name][miss] = missed[name].to(rows.device)
+        return out
+
+    def _batch(self, rows: dict[str, Tensor]) -> Batch:
+        """Moves rows to the learner's device and encodes what is not encoded yet."""
+        pin = self.config.replay_buffer.pin_memory and self.device.type == "cuda"
+        here, after = {}, {}
+        for name, value in rows.items():
+            source = value.pin_memory() if pin and value.device.type == "cpu" else value
+            into, key = (after, name[5:]) if name.startswith("next.") else (here, name)
+            into[key] = source.to(self.device, non_blocking=pin)
+        demo = torch.full((len(here["reward"]),), self.is_demo, device=self.device)
+        return Batch(
+            self._features(here),
+            self._features(after),
+            here["action"],
+            here["reward"],
+            here["discount"],
+            demo,
+        )
 
     def _features(self, fields: dict[str, Tensor]) -> Features:
         if VECTOR in fields:
             return Features(fields[VECTOR], fields[BASE])
-        return self._encode({k.removeprefix("obs."): fields[k] for k in self._observation_names()})
+        obs = {k: v for k, v in fields.items() if k.startswith("obs.")}
+        return self._encode({k.removeprefix("obs."): v for k, v in obs.items()})
 
     @property
-    def _field_names(self) -> list[str]:
-        if self._cache is not None:
-            return list(self._cache.fields)
-        assert self.store is not None
-        held = next(i for i, length in enumerate(self._lengths) if length)
-        return list(self.store.read_rows(held, 0, 0))
+    def _names(self) -> list[str]:
+        return ["action", *RETURNS, *self._observation_names]
 
-    def _refresh_window(self) -> None:
-        newest = np.asarray(self._lengths[-self.window :], np.int64)
-        self._cumulative = np.cumsum(newest)
-        first = len(self._lengths) - len(newest)
-        cache = self._cache
-        held = [-1 if cache is None else cache.start(first + i) for i in range(len(newest))]
-        self._starts = np.asarray(held, np.int64)
+    @property
+    def _observation_names(self) -> list[str]:
+        if self._cache is not None and self._cache.fields:
+            known = self._cache.fields
+        else:
+            assert self.store is not None
+            known = self.store.field_names
+        if VECTOR in known:
+            return [VECTOR, BASE]
+        return [name for name in known if name.startswith("obs.")]
+
+    def _writable(self) -> TrajectoryStore:
+        if not isinstance(self.store, TrajectoryStore):
+            raise TypeError("this buffer samples from a store that it may not write to")
+        return self.store
 
     def _load_existing(self) -> None:
-        assert self.store is not None
-        total = len(self.store)
-        self._lengths = [self.store.length(i) for i in range(total)]
+        """Counts what the store holds and brings its newest trajectories into memory."""
+        settings = self.config.replay_buffer
+        self._window = Window(settings.sample_window_size)
+        if settings.enable_cache or self.store is None:
+            where = torch.device("cpu") if settings.cache_device == "cpu" else self.device
+            self._cache = TrajectoryCache(settings.cache_size, where, settings.cache_bytes)
+        if self.store is None:
+            return
         if self._cache is not None:
-            for number in range(max(0, total - self._cache.capacity), total):
-                if self._lengths[number]:
-                    self._cache.admit(number, Trajectory(self.store.read(number)))
-        self._refresh_window()
+            for number in self._newest(self.store):
+                try:
+                    rows = np.arange(self.store.length(number) + 1)
+                    names = _sampled_fields(dict.fromkeys(self.store.field_names))
+                    numbers = np.full(len(rows), number)
+                    self._cache.admit(number, self.store.gather(numbers, rows, list(names)))
+                except LostError:
+                    continue  # it is among the problems now
+        for length in self.store.lengths.tolist():
+            self._window.append(length)
+        self._window.first = self.store.first
+
+    def _newest(self, store: StoreReader) -> list[int]:
+        """Trajectories that the cache will hold, oldest first."""
+        settings, chosen, used = self.config.replay_buffer, [], 0
+        bound = settings.cache_bytes
+        for number in range(len(store) - 1, store.first - 1, -1):
+            if len(chosen) == min(settings.cache_size, settings.sample_window_size):
+                break
+            if store.length(number):
+                names = list(_sampled_fields(dict.fromkeys(store.field_names)))
+                used += store.row_bytes(number, names) * (store.length(number) + 1)
+                if bound is not None and used > bound:
+                    break
+                chosen.append(number)
+        return chosen[::-1]
 
     def state_dict(self) -> dict[str, Any]:
-        """The generator, and how many trajectories the disk holds by now."""
-        if self.store is not None:
+        """The generator, and which trajectories there are by now."""
+        self._forget_ahead(rewind=True)
+        if isinstance(self.store, TrajectoryStore):
             self.store.flush()
-        return {"rng": self._rng.bit_generator.state, "trajectories": len(self._lengths)}
+            self._window.first = self.store.first
+            self._checkpoints.append(self._window.first)
+            self.store.keep_from(min(self._checkpoints))
+        return {
+            "rng": self._rng.bit_generator.state,
+            "trajectories": len(self),
+            "first": self._window.first,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes back to the trajectories and the generator of a checkpoint."""
+        self._forget_ahead(rewind=False)
         if self.store is not None:
-            self.store.truncate(state["trajectories"])
-            if self._cache is not None:
-                self._cache = TrajectoryCache(self._cache.capacity, self.device)
+            self._writable().go_back(state["first"], state["trajectories"])
             self._load_existing()
         self._rng.bit_generator.state = state["rng"]
 
-
-class Rows:
-    """The rows of one batch: gathered from the cache, or read through the memory map."""
-
-    def __init__(
-        self, replay: TrajectoryReplay, number: np.ndarray, start: np.ndarray, offset: np.ndarray
-    ) -> None:
-        self._replay, self._number, self._offset = replay, number, offset
-        self._cached = bool((start >= 0).all())
-        self._rows = start + offset
-        self._start = start
-
-    def read(self, names: list[str], ahead: int | np.ndarray) -> dict[str, Tensor]:
-        """Returns fields `ahead` decisions after each sampled one, [B, ...]."""
-        cache, device = self._replay._cache, self._replay.device
-        if self._cached and cache is not None:
-            index = torch.from_numpy(self._rows + ahead).to(device)
-            return {name: cache.fields[name].index_select(0, index) for name in names}
-        offsets = self._offset + ahead
-        parts = [self._read_one(i, int(at), names) for i, at in enumerate(offsets)]
-        return {name: torch.cat([p[name] for p in parts]) for name in names}
-
-    def _read_one(self, i: int, offset: int, names: list[str]) -> dict[str, Tensor]:
-        cache, store = self._replay._cache, self._replay.store
-        if cache is not None and self._start[i] >= 0:
-            row = int(self._start[i]) + offset
-            return {name: cache.fields[name][row : row + 1] for name in names}
-        assert store is not None
-        rows = store.read_rows(int(self._number[i]), offset, offset + 1, names)
-        return {name: value.to(self._replay.device) for name, value in rows.items()}
+    def close(self) -> None:
+        """Writes what is not on disk yet and lets go of the files."""
+        self._forget_ahead(rewind=True)
+        if self.store is not None:
+            self.store.close()
 
 
-class MixedReplay(ReplayBuffer):
-    """Batches with a fixed share of demonstrations (RLPD, Ball et al. 2023).
-
-    Args:
-        online: what the run collects; added to and checkpointed.
-        demos: demonstrations.
-        fraction: share of demonstrations in each batch.
-    """
-
-    def __init__(self, online: TrajectoryReplay, demos: TrajectoryReplay, fraction: float) -> None:
-        self.online, self.demos, self.fraction = online, demos, fraction
-
-    @property
-    def problems(self) -> list[str]:
-        """What the online store had to leave out when it was opened."""
-        return self.online.problems
-
-    @property
-    def ready(self) -> bool:
-        """Whether both sources are."""
-        return self.online.ready and self.demos.ready
-
-    def add(self, trajectory: Trajectory) -> None:
-        """Appends to the online buffer."""
-        self.online.add(trajectory)
-
-    def sample(self, n: int) -> Batch:
-        """Returns n transitions, round(fraction * n) of them demonstrations."""
-        from_demos = round(self.fraction * n)
-        return concatenate([self.online.sample(n - from_demos), self.demos.sample(from_demos)])
-
-    def state_dict(self) -> dict[str, Any]:
-        """Both generators and the online trajectories."""
-        return {"online": self.online.state_dict(), "demos": self.demos.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores both."""
-        self.online.load_state_dict(state["online"])
-        self.demos.load_state_dict(state["demos"])
-
-
-def concatenate(batches: list[Batch]) -> Batch:
-    """Joins batches along their rows."""
-
-    def join(pick: Callable[[Batch], Tensor]) -> Tensor:
-        return torch.cat([pick(b) for b in batches])
-
-    return Batch(
-        Features(join(lambda b: b.features.vector), join(lambda b: b.features.base_action)),
-        Features(
-            join(lambda b: b.next_features.vector), join(lambda b: b.next_features.base_action)
-        ),
-        join(lambda b: b.action),
-        join(lambda b: b.reward),
-        join(lambda b: b.discount),
-        join(lambda b: b.is_demo),
-    )
+def _sampled_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Those fields that sampling reads: observations only where there are no features."""
+    observed = (VECTOR, BASE) if VECTOR in fields else [k for k in fields if k.startswith("obs.")]
+    return {name: fields[name] for name in ("action", *RETURNS, *observed)}
 
 
 def _discounted(rewards: Tensor, gamma: float) -> Tensor:

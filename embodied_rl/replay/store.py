@@ -1,257 +1,291 @@
-"""Trajectories on disk: segments in safetensors, an index in JSON lines.
+"""Writing a trajectory store; `reader.py` says what a folder holds.
 
-    <folder>/index.jsonl            one line per segment: file, lengths, bytes, CRC-32
-    <folder>/segment-000000.safetensors
-    <folder>/meta.json              format version and what made the features
-
-A segment concatenates the rows of its trajectories (T + 1 each) per field. It is written under a
-temporary name, fsynced and renamed before its index line is appended, so a crash loses at most
-the trajectories that were not yet flushed.
+A segment is written under a temporary name, synced and renamed, then its index line is appended: a
+crash at any byte loses at most the trajectories that were not yet flushed.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from embodied_rl.errors import UserError
+from embodied_rl.replay.codec import Compressor
+from embodied_rl.replay.index import Listed, append_event, segment_event, write_index
+from embodied_rl.replay.reader import CORRUPT, FORMAT, META, NOWHERE, VERSION, StoreReader
+from embodied_rl.replay.segment import write_segment
 from embodied_rl.types import Trajectory
 
-FORMAT, VERSION = "embodied_rl.replay", 1
-INDEX, META = "index.jsonl", "meta.json"
+LOCK = ".lock"
+SEGMENT_BYTES = 64 * 2**20  # a segment is written once it holds this much, however few trajectories
+COMPRESSION = ("none", "zstd")
 
 
-@dataclass
-class Segment:
-    """One file: its name, its trajectories' lengths T, and what it should hash to.
-
-    A lost file keeps its entry, so that the numbers of later trajectories do not shift.
-    """
-
-    file: str
-    lengths: list[int]
-    size: int
-    crc32: int
-
-
-@dataclass
-class Place:
-    """Where a trajectory lies: its segment (None while unflushed), first row and length.
-
-    The length is 0 for a trajectory whose file was lost.
-    """
-
-    segment: int | None
-    row: int
-    length: int
-
-
-class TrajectoryStore:
-    """An append-only store of trajectories, numbered from 0.
+class TrajectoryStore(StoreReader):
+    """A store that one process appends to; others may read it meanwhile.
 
     Args:
         folder: created if absent.
         segment_size: trajectories per file.
         meta: JSON values that every trajectory shares (the backbone's fingerprint).
+        max_bytes: budget of the segments; the oldest are evicted beyond it. None: no bound.
+        compression: none, or zstd for image fields (uint8 with two or more axes).
 
     Raises:
-        UserError: the folder is another format or version, or belongs to another `meta`.
+        UserError: another format, version or `meta`; another process writes to it; not writable.
     """
 
-    def __init__(self, folder: Path, segment_size: int, meta: dict[str, Any]) -> None:
-        self.folder = folder
-        self.segment_size = segment_size
-        self.problems: list[str] = []  # what opening had to leave out
-        self._segments: list[Segment] = []
-        self._places: list[Place] = []
+    def __init__(
+        self,
+        folder: Path,
+        segment_size: int,
+        meta: dict[str, Any],
+        *,
+        max_bytes: int | None = None,
+        compression: str = "none",
+    ) -> None:
+        self.segment_size, self.max_bytes = segment_size, max_bytes
+        self._compressor = Compressor() if compression == "zstd" else None
         self._pending: list[Trajectory] = []
-        self._open_files: dict[int, Any] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("*.tmp"):
-            leftover.unlink()
+        self._pending_bytes = 0
+        self._keep_from: int | None = None
+        self._evicted_upto = 0  # position in `segments`: those before are evicted
+        self._deleted_upto = 0  # and those before this are deleted too
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._held = _hold(folder)
+            for leftover in folder.glob("*.tmp"):
+                leftover.unlink()
+            _write_meta(folder, meta)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+        super().__init__(folder)
         self._check_meta(meta)
-        self._read_index()
+        self._set_aside()
 
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def length(self, number: int) -> int:
-        """T of trajectory `number`."""
-        return self._places[number].length
+    @property
+    def field_names(self) -> list[str]:
+        """Fields of the trajectories; empty where there is none."""
+        return list(self._pending[0].fields) if self._pending else super().field_names
 
     def append(self, trajectory: Trajectory) -> int:
-        """Adds a trajectory; returns its number. Written to disk once a segment is full."""
-        row = sum(t.length + 1 for t in self._pending)
-        self._pending.append(trajectory)
-        self._places.append(Place(None, row, trajectory.length))
-        number = len(self._places) - 1
-        if len(self._pending) >= self.segment_size:
-            self.flush()
-        return number
-
-    def flush(self) -> None:
-        """Writes the trajectories that are not on disk yet as one segment.
+        """Adds a trajectory; returns its number. Written to disk once a segment is full.
 
         Raises:
             UserError: the disk is full or the folder cannot be written; nothing is lost in memory.
         """
-        if not self._pending:
-            return
-        number = len(self._segments)
-        name = f"segment-{number:06d}.safetensors"
-        names = self._pending[0].fields
-        merged = {k: torch.cat([t.fields[k] for t in self._pending]).contiguous() for k in names}
-        temporary = self.folder / f"{name}.tmp"
-        try:
-            save_file(merged, temporary)
-            _fsync(temporary)
-            size, crc = temporary.stat().st_size, _crc32(temporary)
-            temporary.rename(self.folder / name)
-            segment = Segment(name, [t.length for t in self._pending], size, crc)
-            with (self.folder / INDEX).open("a", encoding="utf-8") as index:
-                index.write(json.dumps(vars(segment)) + "\n")
-                index.flush()
-                os.fsync(index.fileno())
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(
-                f"cannot write replay to {self.folder}: {error}. Free some space (df -h), then "
-                "continue from the last checkpoint with resume=<run folder>."
-            ) from error
-        for place in self._places[-len(self._pending) :]:
-            place.segment = number
-        self._segments.append(segment)
-        self._pending.clear()
+        with self._lock:
+            row = sum(t.length + 1 for t in self._pending)
+            self._pending.append(trajectory)
+            self._pending_bytes += trajectory.nbytes
+            self._place(NOWHERE, row, trajectory.length)
+            self._verified.values[-1] = 1
+            number = len(self) - 1
+            if len(self._pending) >= self.segment_size or self._pending_bytes >= SEGMENT_BYTES:
+                self.flush()
+        return number
 
-    def read(self, number: int, names: list[str] | None = None) -> dict[str, Tensor]:
-        """Returns fields of one trajectory, T + 1 rows each, through a memory map."""
-        place = self._places[number]
-        return self.read_rows(number, 0, place.length + 1, names)
+    def flush(self) -> None:
+        """Writes the trajectories that are not on disk yet as one segment, then evicts.
 
-    def read_rows(
-        self, number: int, start: int, stop: int, names: list[str] | None = None
-    ) -> dict[str, Tensor]:
-        """Returns rows [start, stop) of one trajectory's fields."""
-        place = self._places[number]
-        if place.segment is None:
-            fields = self._pending[number - (len(self._places) - len(self._pending))].fields
-            return {k: fields[k][start:stop] for k in names or fields}
-        file = self._open_files.get(place.segment)
-        if file is None:
-            path = self.folder / self._segments[place.segment].file
-            file = self._open_files[place.segment] = safe_open(path, framework="pt")
-        rows = slice(place.row + start, place.row + stop)
-        return {k: file.get_slice(k)[rows] for k in names or file.keys()}
+        Raises:
+            UserError: the disk is full or the folder cannot be written; nothing is lost in memory.
+        """
+        with self._lock:
+            if not self._pending:
+                return
+            first = len(self) - len(self._pending)
+            path = self.folder / f"segment-{first:09d}.safetensors"
+            try:
+                segment = write_segment(path, first, self._pending, self._compressor)
+                listed = Listed(segment.file, first, segment.lengths, segment.size)
+                append_event(self.folder, segment_event(listed))
+            except OSError as error:
+                path.unlink(missing_ok=True)
+                raise _unwritable(self.folder, error) from error
+            self._index.segments[listed.file] = listed
+            self._segment.values[first:] = len(self.segments)
+            self.segments.append(listed)
+            self._pending, self._pending_bytes = [], 0
+            self._evict()
 
-    def truncate(self, count: int) -> None:
-        """Forgets every trajectory from number `count` on (a resume goes back to a checkpoint).
+    def keep_from(self, number: int) -> None:
+        """Says that a checkpoint needs the trajectories from `number` on.
+
+        Evicted ones among them leave the sampling window at once, and the disk at a later call.
+        """
+        with self._lock:
+            self._keep_from = number
+            self._delete_evicted()
+
+    def go_back(self, first: int, count: int) -> None:
+        """Returns to the trajectories [first, count) that a checkpoint spoke of.
 
         Raises:
             UserError: `count` is more than the store holds, or lies inside a segment.
         """
-        if count > len(self._places):
-            raise UserError(
-                f"{self.folder} holds {len(self._places)} trajectories, the checkpoint counts "
-                f"{count}. {' '.join(self.problems)}"
-            )
-        self.flush()
-        kept, total = 0, 0
-        while total < count:
-            total += len(self._segments[kept].lengths)
-            kept += 1
-        if total != count:
-            raise UserError(f"{self.folder}: trajectory {count} is inside a segment.")
-        dropped = self._segments[kept:]
-        self._segments, self._places = self._segments[:kept], self._places[:count]
-        self._write_index()
-        self._open_files.clear()
-        for segment in dropped:
-            (self.folder / segment.file).unlink(missing_ok=True)
+        with self._lock:
+            if count > len(self):
+                raise UserError(
+                    f"{self.folder} holds {len(self)} trajectories, the checkpoint counts "
+                    f"{count}. {' '.join(self.problems)}"
+                )
+            self.flush()
+            kept = [s for s in self.segments if s.first < count]
+            if kept and kept[-1].first + len(kept[-1].lengths) > count:
+                raise UserError(f"{self.folder}: trajectory {count} is inside a segment.")
+            for segment in reversed(self.segments[len(kept) :]):  # newest first: no gap on a crash
+                (self.folder / segment.file).unlink(missing_ok=True)
+            self.segments = kept
+            self._index.segments = {s.file: s for s in kept}
+            self._index.lost = {n: r for n, r in self._index.lost.items() if n < count}
+            write_index(self.folder, self._index)
+            for column in (self._lengths, self._segment, self._row, self._verified):
+                column.truncate(count)
+            self._files.clear()
+            self._evicted_upto = sum(s.first + len(s.lengths) <= first for s in kept)
+            self.first = max(first, self._index.evicted)
 
-    def _write_index(self) -> None:
-        temporary = self.folder / f"{INDEX}.tmp"
-        lines = "".join(json.dumps(vars(s)) + "\n" for s in self._segments)
-        temporary.write_text(lines, encoding="utf-8")
-        _fsync(temporary)
-        temporary.rename(self.folder / INDEX)
+    def gather(
+        self, numbers: np.ndarray, offsets: np.ndarray, names: Any = None
+    ) -> dict[str, Tensor]:
+        """Returns one row each of many trajectories, as the reader does; unflushed ones too."""
+        with self._lock:
+            held = len(self) - len(self._pending)
+            fresh = numbers >= held
+            if not fresh.any():
+                return super().gather(numbers, offsets, names)
+            fields = list(self._pending[0].fields) if names is None else names
+            old = None
+            if not fresh.all():
+                old = super().gather(numbers[~fresh], offsets[~fresh], fields)
+            index = torch.from_numpy(np.flatnonzero(fresh))
+            out: dict[str, Tensor] = {}
+            for name in fields:
+                rows = torch.stack(
+                    [
+                        self._pending[int(n) - held].fields[name][int(o)]
+                        for n, o in zip(numbers[fresh], offsets[fresh], strict=True)
+                    ]
+                ).cpu()
+                if old is None:
+                    out[name] = rows
+                    continue
+                out[name] = rows.new_empty((len(numbers), *rows.shape[1:]))
+                out[name][index] = rows
+                out[name][torch.from_numpy(~fresh)] = old[name]
+            return out
+
+    def close(self) -> None:
+        """Writes what is pending and lets go of the folder."""
+        self.flush()
+        super().close()
+        self._held.close()
+
+    def _lose(self, number: int, reason: str) -> None:
+        super()._lose(number, reason)
+        if number not in self._index.lost:
+            self._index.lost[number] = reason
+            append_event(self.folder, {"lost": [number, reason]})
+
+    def _evict(self) -> None:
+        """Drops the oldest segments beyond the budget, always keeping the newest one."""
+        if self.max_bytes is None:
+            return
+        held = sum(s.size for s in self.segments[self._evicted_upto :])
+        while held > self.max_bytes and self._evicted_upto < len(self.segments) - 1:
+            oldest = self.segments[self._evicted_upto]
+            held -= oldest.size
+            self._evicted_upto += 1
+            self.first = oldest.first + len(oldest.lengths)
+        self._delete_evicted()
+
+    def _delete_evicted(self) -> None:
+        stop = self._deleted_upto
+        while stop < self._evicted_upto and self._releasable(self.segments[stop]):
+            stop += 1
+        doomed = self.segments[self._deleted_upto : stop]
+        if not doomed:
+            return
+        self._index.evicted = doomed[-1].first + len(doomed[-1].lengths)
+        append_event(self.folder, {"evicted": self._index.evicted})
+        for position, segment in enumerate(doomed, self._deleted_upto):
+            self._files.pop(position, None)
+            (self.folder / segment.file).unlink(missing_ok=True)
+            self._index.segments.pop(segment.file, None)
+        self._deleted_upto = stop
+
+    def _releasable(self, segment: Listed) -> bool:
+        end = segment.first + len(segment.lengths)
+        return self._keep_from is None or end <= self._keep_from
 
     def _check_meta(self, meta: dict[str, Any]) -> None:
-        path = self.folder / META
-        wanted = {"format": FORMAT, "version": VERSION, **meta}
-        if not path.exists():
-            temporary = path.with_suffix(".json.tmp")
-            temporary.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-            temporary.rename(path)
-            return
-        found = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("format", "version", *meta):
-            if found.get(key) != wanted[key]:
+        for key, wanted in meta.items():
+            found = self.meta.get(key)
+            if found != wanted:
                 raise UserError(
-                    f"{self.folder} was written with {key}={found.get(key)!r}, this run has "
-                    f"{wanted[key]!r}. Use another run_dir."
+                    f"{self.folder} was written with {key}={found!r}, this run has {wanted!r}. "
+                    "Use another run_dir."
                 )
 
-    def _read_index(self) -> None:
-        path = self.folder / INDEX
-        if not path.exists():
-            return
-        torn = False
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                segment = Segment(**json.loads(line))
-            except (ValueError, TypeError):
-                self.problems.append(f"index line unreadable: {line[:60]!r}.")
-                torn = True
-                continue
-            file = self.folder / segment.file
-            lost = f"{len(segment.lengths)} trajectories are lost."
-            usable = file.exists()
-            if not usable:
-                self.problems.append(f"{segment.file} is missing: {lost}")
-            elif file.stat().st_size != segment.size or _crc32(file) != segment.crc32:
-                usable = False
-                file.rename(file.with_suffix(".corrupt"))
-                self.problems.append(f"{segment.file} is corrupt, renamed to .corrupt: {lost}")
-            row = 0
-            for length in segment.lengths:
-                self._places.append(Place(len(self._segments), row, length if usable else 0))
-                row += length + 1
-            self._segments.append(segment)
-        if torn:  # the next line would otherwise be appended to the torn one
-            self._write_index()
+    def _set_aside(self) -> None:
+        """Renames damaged segments, deletes evicted ones and mends the index."""
+        readable = {s.file for s in self.segments if self._readable(s)}
+        for path in self.folder.glob("segment-*.safetensors"):
+            if path.name not in readable:
+                path.rename(path.with_suffix(CORRUPT))
+        gone = [s for s in self.segments if self._gone(s)]
+        for segment in gone:
+            (self.folder / segment.file).unlink(missing_ok=True)
+        self._evicted_upto = self._deleted_upto = len(gone)
+        present = {s.file: s for s in self.segments[len(gone) :]}
+        if self._index.damaged_lines or list(present) != list(self._index.segments):
+            self._index.segments, self._index.damaged_lines = present, 0
+            write_index(self.folder, self._index)
+
+    def _readable(self, segment: Listed) -> bool:
+        numbers = range(segment.first, segment.first + len(segment.lengths))
+        return self._gone(segment) or any(
+            self._lengths.values[n] or n in self._index.lost for n in numbers
+        )
 
 
-def read_all(folder: Path) -> list[Trajectory]:
-    """Reads every trajectory of a store into memory.
+def _hold(folder: Path) -> Any:
+    """Holds the folder's lock for as long as the returned file is open."""
+    file = (folder / LOCK).open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(
+            f"{folder} is being written by another process. Wait for that run to end, or use "
+            "another run_dir."
+        ) from None
+    return file
 
-    Raises:
-        UserError: the folder is no trajectory store.
-    """
-    if not (folder / META).is_file():
-        raise UserError(f"{folder} holds no {META}, so it is not a trajectory folder.")
-    store = TrajectoryStore(folder, segment_size=1, meta={})
-    if store.problems:
-        raise UserError(f"{folder} is damaged: {' '.join(store.problems)} Copy it again.")
-    return [Trajectory(store.read(i)) for i in range(len(store))]
 
-
-def _fsync(path: Path) -> None:
-    with path.open("rb") as file:
+def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    path = folder / META
+    if path.exists():
+        return
+    temporary = folder / f"{META}.tmp"
+    document = {"format": FORMAT, "version": VERSION, **meta}
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(document, indent=2) + "\n")
+        file.flush()
         os.fsync(file.fileno())
+    temporary.rename(path)
 
 
-def _crc32(path: Path) -> int:
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-    return crc
+def _unwritable(folder: Path, error: BaseException) -> UserError:
+    return UserError(
+        f"cannot write replay to {folder}: {error}. Free some space (df -h) or make it writable, "
+        "then continue from the last checkpoint with resume=<run folder>."
+    )
