@@ -13,6 +13,13 @@ class UserError(Exception):
     """
 
 
+class RunStopped(UserError):  # noqa: N818 - how a run ends, not what was typed
+    """A run cannot go on: broken numbers or dying simulators. No checkpoint is written after it.
+
+    The trainer adds which checkpoint is the last good one and how to continue from it.
+    """
+
+
 class ReplayNotReady(RuntimeError):  # noqa: N818 - a state, not a failure
     """The replay buffer holds fewer trajectories than `min_buffer_size`."""
 

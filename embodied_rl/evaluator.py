@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,8 @@ class Evaluator:
     ) -> Evaluation:
         """Evaluates; environment i runs episodes i, i + N, i + 2N, ...
 
+        An episode whose environment is lost in the middle runs again, after the one that follows.
+
         Args:
             policy: acts.
             first_seed: seed of the first episode.
@@ -59,6 +62,8 @@ class Evaluator:
         n = self.env.num_envs
         results: dict[int, tuple[float, bool, bool, int]] = {}
         episode = list(range(n))  # the episode that each environment is in
+        numbers = [itertools.count(e + n, n) for e in episode]  # those still to come
+        following = [next(more) for more in numbers]
         obs = self.env.reset([first_seed + e for e in episode])
         plans: list[list[torch.Tensor]] = [[] for _ in range(n)]
         totals, onces, lengths = [0.0] * n, [False] * n, [0] * n
@@ -71,20 +76,28 @@ class Evaluator:
                 for j, i in enumerate(deciding):
                     plans[i] = list(actions[j, : policy.execute_steps])
             if video is not None and episode[0] < min(video_episodes * n, self.episodes):
-                frames.setdefault(episode[0], []).append(self.env.render(0))
+                frame = self.env.render(0)
+                if frame is not None:
+                    frames.setdefault(episode[0], []).append(frame)
             actions = torch.stack([p.pop(0) for p in plans])
-            self.env.send(actions, [first_seed + e + n for e in episode])
+            self.env.send(actions, [first_seed + e for e in following])
             result = self.env.recv()
             obs = result.obs
             for i in range(n):
-                totals[i] += float(result.reward[i])
-                onces[i] |= bool(result.success[i])
-                lengths[i] += 1
-                if result.terminated[i] or result.truncated[i]:
-                    if episode[i] < self.episodes:
+                lost = bool(result.restarted[i])
+                ended = bool(result.terminated[i] or result.truncated[i])
+                if not lost:
+                    totals[i] += float(result.reward[i])
+                    onces[i] |= bool(result.success[i])
+                    lengths[i] += 1
+                    if ended and episode[i] < self.episodes:
                         done = (totals[i], onces[i], bool(result.success[i]), lengths[i])
                         results[episode[i]] = done
-                    episode[i] += n
+                if lost or ended:
+                    if lost and i == 0:
+                        frames.pop(episode[0], None)
+                    after = episode[i] if lost else next(numbers[i])
+                    episode[i], following[i] = following[i], after
                     totals[i], onces[i], lengths[i], plans[i] = 0.0, False, 0, []
         stats = EpisodeStats()
         for e in range(self.episodes):

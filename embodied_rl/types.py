@@ -110,6 +110,9 @@ class StepResult:
         truncated: [N] bool, the time limit cut the episode.
         success: [N] bool, the task's success condition holds after this step.
         final_obs: observations after this step before any autoreset, [N, ...].
+        restarted: [N] bool, the environment itself was lost (its process died or hung) and is back
+            in its next episode, whose first observation is in `obs`. The episode it was in is to be
+            dropped: reward, flags and final_obs of such an environment mean nothing.
     """
 
     obs: Obs
@@ -118,6 +121,7 @@ class StepResult:
     truncated: Tensor
     success: Tensor
     final_obs: Obs
+    restarted: Tensor
 
 
 @dataclass(frozen=True)

@@ -424,6 +424,7 @@ OUTSIDE_THE_TRAINER = {
     "env.num_envs",
     "env.render_size",
     "env.sim_backend",
+    "env.worker_timeout",
     *(f"algorithm.{key}" for key in ACCEPT_ONLY),
 }
 

@@ -1,8 +1,6 @@
 """The contract that every registered environment keeps, and the error texts of the adapters."""
 
 import math
-import os
-import signal
 
 import pytest
 import torch
@@ -81,8 +79,9 @@ def test_env_shapes(open_env):
             assert obs[key].shape == (n, *array.shape) and obs[key].dtype == array.dtype
     assert result.reward.shape == (n,) and result.reward.dtype == torch.float32
     assert result.reward.isfinite().all()
-    for flag in (result.terminated, result.truncated, result.success):
+    for flag in (result.terminated, result.truncated, result.success, result.restarted):
         assert flag.shape == (n,) and flag.dtype == torch.bool
+    assert not result.restarted.any() and env.pop_warnings() == []
 
 
 def test_env_same_seed_same_trajectory(open_env):
@@ -113,6 +112,35 @@ def test_env_autoreset(open_env):
             assert_same(cut.final_obs, cut.obs)
     assert_same(results[-1].obs, env.reset(seeds_of(env, 20)))
     assert not torch.equal(results[-1].obs["state"], results[-1].final_obs["state"])
+
+
+def test_env_resume_goes_back(open_env):
+    """In the middle of the second episode; then everything goes on as if nothing had happened."""
+    env = open_env()
+    steps = LIMIT + 3
+    seeds = [seeds_of(env, s) for s in (10, 20, 30)]
+    play(env, seeds[0], seeds[1], steps)
+    state = env.state_dict()
+    rng = torch.Generator().manual_seed(8)
+    actions = torch.rand(LIMIT, env.num_envs, env.spec.action_dim, generator=rng) * 2 - 1
+
+    def go_on():
+        results = []
+        for action in actions:
+            env.send(action, seeds[2])
+            results.append(env.recv())
+        return results
+
+    expected = go_on()
+    play(env, seeds[2], seeds[0], 2)
+    shown, restarted = env.resume(state, seeds[2])
+    assert not restarted.any()
+    for one, two in zip(go_on(), expected, strict=True):
+        assert_same(one.obs, two.obs)
+        assert_same(one.final_obs, two.final_obs)
+        assert torch.equal(one.reward, two.reward) and torch.equal(one.truncated, two.truncated)
+    assert expected[LIMIT - 4].truncated.all(), "the episode ends where it would have"
+    assert shown.keys() == env.spec.obs.keys()
 
 
 def test_env_actions_matter(open_env):
@@ -177,21 +205,6 @@ def test_gymnasium_errors_cross_the_process_border(make_config, override):
 def test_unknown_fake_task(make_env):
     with pytest.raises(UserError, match=r"env\.task='reech'.*Did you mean 'reach'\?"):
         make_env("reech")
-
-
-@pytest.mark.unit
-def test_dead_worker_is_told(make_config):
-    settings = make_config("env.type=gymnasium", "env.task=Pendulum-v1").env
-    env = build_env(settings, 2, CPU)
-    try:
-        env.reset([1, 2])
-        os.kill(env._processes[1].pid, signal.SIGKILL)
-        with pytest.raises(RuntimeError, match=r"worker 1 ended \(exit code -9\).*memory"):
-            for _ in range(3):  # the first send may still reach the pipe
-                env.send(torch.zeros(2, 1), [3, 4])
-                env.recv()
-    finally:
-        env.close()
 
 
 @pytest.mark.unit

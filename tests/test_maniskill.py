@@ -69,6 +69,40 @@ def test_evaluation_does_not_depend_on_what_ran_before():
         env.close()
 
 
+def test_resume_in_the_middle_of_an_episode():
+    """Two worker processes agree bit for bit, because a resume repeats all since the rebuild."""
+    from embodied_rl.envs.maniskill import ManiSkillEnv
+    from embodied_rl.envs.worker import WorkerVecEnv
+
+    config = EnvConfig(render_size=32, max_episode_steps=12)
+    first, second = (WorkerVecEnv(ManiSkillEnv, (config,), 1, rebuild_every=3) for _ in range(2))
+    rng = torch.Generator().manual_seed(0)
+    seeds = iter(range(100, 200))
+
+    def advance(env, actions):
+        results = []
+        for action, seed in actions:
+            env.send(action[None], [seed])
+            results.append(env.recv())
+        return [(r.obs["state"], r.final_obs["state"], r.reward) for r in results]
+
+    def choose(count):
+        return [(torch.rand(4, generator=rng) * 2 - 1, next(seeds)) for _ in range(count)]
+
+    try:
+        first.reset([5])
+        advance(first, choose(30))  # two episodes and a half
+        state, following = first.state_dict(), choose(30)  # beyond the next rebuild
+        second.reset([6])
+        _, restarted = second.resume(state, [0])
+        assert not restarted.any()
+        for one, two in zip(advance(first, following), advance(second, following), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    finally:
+        first.close()
+        second.close()
+
+
 def test_reads_what_maniskill_records(tmp_path):
     import gymnasium as gym
     import mani_skill.envs  # noqa: F401 - registers the tasks

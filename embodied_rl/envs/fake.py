@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,6 +63,15 @@ class FakeVecEnv(VecEnv):
             self._start(i, seed)
         return self._obs()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where every point is."""
+        return {"state": torch.from_numpy(self._state.copy())}
+
+    def resume(self, state: dict[str, Any], next_seeds: Sequence[int]) -> tuple[Obs, Tensor]:
+        """Puts every point back."""
+        self._state[:] = state["state"].numpy()
+        return self._obs(), torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
+
     def send(self, actions: Tensor, next_seeds: Sequence[int]) -> None:
         """Moves every point by 0.2 times its action."""
         self._state[:, :DIM] += STEP * actions.cpu().numpy().clip(-1, 1)
@@ -77,7 +87,8 @@ class FakeVecEnv(VecEnv):
             torch.from_numpy(f).to(self.device) for f in (terminated, truncated, success)
         )
         reward = torch.from_numpy(-distance.astype(np.float32)).to(self.device)
-        self._result = StepResult(self._obs(), reward, ended, cut, reached, final)
+        lost = torch.zeros_like(ended)
+        self._result = StepResult(self._obs(), reward, ended, cut, reached, final, lost)
 
     def recv(self) -> StepResult:
         """Returns the step that `send` took."""

@@ -19,7 +19,9 @@ from embodied_rl.types import ArraySpec, EnvSpec
 def make_gymnasium(config: EnvConfig, num_envs: int, device: torch.device) -> VecEnv:
     """Builds `num_envs` environments of a registered gymnasium task."""
     del device
-    return WorkerVecEnv(GymnasiumEnv, (config,), num_envs, preload=(__name__,))
+    return WorkerVecEnv(
+        GymnasiumEnv, (config,), num_envs, preload=(__name__,), timeout=config.worker_timeout
+    )
 
 
 class GymnasiumEnv:

@@ -1,65 +1,50 @@
-"""One environment per process, driven in lockstep through pipes.
-
-Commands are JSON; observations travel as the bytes of one fixed numpy record.
-"""
+"""N environments in processes of their own, driven in lockstep; a lost one is started again."""
 
 from __future__ import annotations
 
-import json
 import multiprocessing
-import os
-import signal
-import traceback
+import time
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
-from typing import Any, NoReturn, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from embodied_rl.errors import UserError
+from embodied_rl.envs.process import (
+    FLAGS,
+    SingleEnv,
+    Worker,
+    WorkerLost,
+    record_type,
+    spec_from_json,
+)
+from embodied_rl.errors import RunStopped, UserError
 from embodied_rl.interfaces import VecEnv
-from embodied_rl.types import ArraySpec, EnvSpec, Obs, StepResult
+from embodied_rl.types import Obs, StepResult
 
 START_TIMEOUT = 180.0  # seconds: importing a simulator on a busy machine is slow
-FLAGS = ("terminated", "truncated", "success")
-
-
-class SingleEnv(Protocol):
-    """What a worker runs: one environment with numpy observations."""
-
-    spec: EnvSpec
-
-    def reset(self, seed: int, *, rebuild: bool = False) -> dict[str, np.ndarray]:
-        """Starts the episode that `seed` determines.
-
-        `rebuild` leaves nothing of earlier episodes in the simulator, so that an evaluation has
-        the same outcome whatever ran before it.
-        """
-        ...
-
-    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, bool]:
-        """Returns obs, reward, terminated, truncated, success."""
-        ...
-
-    def render(self) -> np.ndarray:
-        """Returns a uint8 frame [height, width, 3]."""
-        ...
-
-    def close(self) -> None:
-        """Frees the simulator."""
-        ...
+Past = list[tuple[int, list[list[float]]]]  # seed and actions of each episode, oldest first
+MAX_LOSSES, WINDOW = 3, 3600.0  # more losses than this (or N, if larger) in an hour end the run
 
 
 class WorkerVecEnv(VecEnv):
     """N single environments, each in a process of its own.
+
+    A process that dies, or does not answer in time, is started again. Resets and resumes are then
+    repeated; an episode that it was in the middle of is lost, and `StepResult.restarted` says so.
+
+    A simulator's state is not saved but lived through again: the seeds and actions since it was
+    last rebuilt. PhysX carries a little state over a plain reset, so that the present episode alone
+    would not do; rebuilding at every `rebuild_every`-th autoreset bounds what has to be repeated.
 
     Args:
         make: importable function that builds the environment inside the worker.
         args: its arguments (sent to the worker).
         num_envs: N.
         preload: modules that the fork server imports once, so that workers share them.
+        timeout: seconds that a step or reset may take before the worker counts as hanging.
+        rebuild_every: episodes between rebuilds; 1 where a reset leaves no trace anyway.
 
     Raises:
         UserError: an environment could not be built; carries the worker's message.
@@ -71,194 +56,206 @@ class WorkerVecEnv(VecEnv):
         args: tuple[Any, ...],
         num_envs: int,
         preload: Sequence[str] = (),
+        timeout: float = 300.0,
+        rebuild_every: int = 1,
     ) -> None:
-        self.num_envs = num_envs
-        self._closed = False
+        self.num_envs, self.timeout, self.rebuild_every = num_envs, timeout, rebuild_every
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, *preload])
-        self._pipes: list[Connection] = []
-        self._processes: list[Any] = []
-        for _ in range(num_envs):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, make, args), daemon=True)
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        self._start = lambda: Worker(context, make, args)
+        self._closed = False
+        self._warnings: list[str] = []
+        self._losses: list[float] = []  # when
+        self._homeless = [False] * num_envs  # restarted, and not in an episode yet
+        self._past: list[Past] = [[] for _ in range(num_envs)]  # since the last rebuild
+        self._sent: list[list[float]] = []  # actions of the present step
+        self._next_seeds: list[int] = []
+        self._shown: Obs = {}  # the latest observations
+        self._workers = [self._start() for _ in range(num_envs)]
         try:
-            specs = [self._receive(i, START_TIMEOUT) for i in range(num_envs)]
+            specs = [worker.answer(START_TIMEOUT) for worker in self._workers]
+        except WorkerLost as lost:
+            self.close()
+            raise UserError(
+                f"an environment worker {lost} while it started. Is the machine out of memory? "
+                "Try a smaller env.num_envs, or run python -m embodied_rl.doctor."
+            ) from None
         except BaseException:
             self.close()
             raise
-        self.spec = _spec_from_json(specs[0])
-        self._record = _record_type(self.spec)
-
-    def _obs(self, records: np.ndarray, prefix: str) -> Obs:
-        return {k: torch.from_numpy(records[f"{prefix}.{k}"].copy()) for k in self.spec.obs}
-
-    def _read_records(self) -> np.ndarray:
-        parts = []
-        for i in range(self.num_envs):
-            self._receive(i)
-            parts.append(self._bytes(i))
-        return np.frombuffer(b"".join(parts), self._record)
-
-    def _command(self, i: int, **message: Any) -> None:
-        try:
-            self._pipes[i].send_bytes(json.dumps(message).encode())
-        except (BrokenPipeError, OSError):
-            self._died(i)
-
-    def _receive(self, i: int, timeout: float | None = None) -> Any:
-        try:
-            if not self._pipes[i].poll(timeout):
-                raise UserError(
-                    f"environment worker {i} did not answer within {timeout:.0f} s. "
-                    "Is the machine out of memory? Try a smaller env.num_envs."
-                )
-            answer = json.loads(self._pipes[i].recv_bytes())
-        except (EOFError, ConnectionResetError):
-            self._died(i)
-        if "error" in answer:
-            raise UserError(answer["error"]) if answer["user"] else RuntimeError(answer["error"])
-        return answer["ok"]
-
-    def _bytes(self, i: int) -> bytes:
-        try:
-            return self._pipes[i].recv_bytes()
-        except (EOFError, ConnectionResetError):
-            self._died(i)
-
-    def _died(self, i: int) -> NoReturn:
-        self._processes[i].join(1)
-        raise RuntimeError(
-            f"environment worker {i} ended (exit code {self._processes[i].exitcode}). "
-            "Exit code -9 means that it was killed, most often for want of memory."
-        )
+        self.spec = spec_from_json(specs[0])
+        self._record = record_type(self.spec)
 
     def reset(self, seeds: Sequence[int]) -> Obs:
         """Starts a new episode in every environment, each from its own seed."""
-        for i, seed in enumerate(seeds):
-            self._command(i, do="reset", seed=int(seed))
-        return self._obs(self._read_records(), "obs")
+        self._past = [[(int(seed), [])] for seed in seeds]
+        self._shown = self._begin(list(range(self.num_envs)))
+        return self._shown
+
+    def state_dict(self) -> dict[str, Any]:
+        """Seeds and actions since each environment was last rebuilt, and what it shows now."""
+        return {"past": [_pack(past) for past in self._past], "shown": self._shown}
+
+    def resume(self, state: dict[str, Any], next_seeds: Sequence[int]) -> tuple[Obs, Tensor]:
+        """Takes all steps again; a second more patience for each."""
+        self._past = [_unpack(packed) for packed in state["past"]]
+        self._shown = self._begin(list(range(self.num_envs)))
+        different = [i for i in range(self.num_envs) if not _same(self._shown, state["shown"], i)]
+        for i in different:
+            self._past[i] = [(int(next_seeds[i]), [])]
+        if different:
+            for key, value in self._begin(different).items():
+                self._shown[key][different] = value
+        restarted = torch.zeros(self.num_envs, dtype=torch.bool)
+        restarted[different] = True
+        return self._shown, restarted
+
+    def _begin(self, which: list[int]) -> Obs:
+        """Brings some environments to the end of their `_past`; returns their observations."""
+        for i in which:
+            self._workers[i].command(self._replay(i))
+        records = [self._arrive(i) for i in which]
+        return self._obs(np.frombuffer(b"".join(records), self._record), "obs")
+
+    def _replay(self, i: int) -> dict[str, Any]:
+        return {"do": "replay", "episodes": self._past[i]}
+
+    def _arrive(self, i: int) -> bytes:
+        """Waits for a replay, and repeats it until it is done; `_restart` bounds the attempts."""
+        patience = self.timeout + sum(len(actions) for _, actions in self._past[i])
+        while (record := self._take(i, patience)) is None:
+            self._workers[i].command(self._replay(i))
+        self._homeless[i] = False
+        return record
 
     def send(self, actions: Tensor, next_seeds: Sequence[int]) -> None:
-        """Starts one step in every worker."""
-        values = actions.detach().cpu().tolist()
-        for i, seed in enumerate(next_seeds):
-            self._command(i, do="step", action=values[i], seed=int(seed))
+        """Starts one step in every worker that is in an episode."""
+        self._next_seeds = [int(seed) for seed in next_seeds]
+        self._sent = actions.detach().cpu().tolist()
+        for i in range(self.num_envs):
+            if not self._homeless[i]:
+                message = {"do": "step", "action": self._sent[i], "seed": self._next_seeds[i]}
+                self._workers[i].command({**message, "rebuild": self._rebuilds(i)})
+
+    def _rebuilds(self, i: int) -> bool:
+        """Whether the environment is rebuilt after its present episode."""
+        return len(self._past[i]) >= self.rebuild_every
 
     def recv(self) -> StepResult:
-        """Waits for every worker."""
-        records = self._read_records()
+        """Waits for every worker; a lost one begins its next episode."""
+        records, restarted = [], torch.zeros(self.num_envs, dtype=torch.bool)
+        for i, seed in enumerate(self._next_seeds):
+            record = None if self._homeless[i] else self._take(i, self.timeout)
+            if record is None:
+                restarted[i] = True
+                self._past[i] = [(seed, [])]
+                self._workers[i].command(self._replay(i))
+                record = self._arrive(i)
+            records.append(record)
+        table = np.frombuffer(b"".join(records), self._record)
         reward, terminated, truncated, success = (
-            torch.from_numpy(records[name].copy()) for name in ("reward", *FLAGS)
+            torch.from_numpy(table[name].copy()) for name in ("reward", *FLAGS)
         )
-        obs, final = self._obs(records, "obs"), self._obs(records, "final")
-        return StepResult(obs, reward, terminated, truncated, success, final)
+        for i, ended in enumerate((terminated | truncated).tolist()):
+            if not restarted[i]:
+                self._remember(i, ended)
+        self._shown = self._obs(table, "obs")
+        final = self._obs(table, "final")
+        return StepResult(self._shown, reward, terminated, truncated, success, final, restarted)
 
-    def render(self, env: int) -> np.ndarray:
-        """One frame of one environment."""
-        self._command(env, do="render")
-        shape = self._receive(env)
-        return np.frombuffer(self._bytes(env), np.uint8).reshape(shape)
+    def _remember(self, i: int, ended: bool) -> None:
+        self._past[i][-1][1].append(self._sent[i])
+        if ended:
+            kept = [] if self._rebuilds(i) else self._past[i]
+            self._past[i] = [*kept, (self._next_seeds[i], [])]
+
+    def _obs(self, table: np.ndarray, prefix: str) -> Obs:
+        return {k: torch.from_numpy(table[f"{prefix}.{k}"].copy()) for k in self.spec.obs}
+
+    def _take(self, i: int, patience: float) -> bytes | None:
+        """Reads a worker's record; None after it had to be restarted."""
+        try:
+            self._workers[i].answer(patience)
+            return self._workers[i].read()
+        except WorkerLost as lost:
+            self._restart(i, str(lost))
+            return None
+
+    def _restart(self, i: int, reason: str) -> None:
+        """Starts a worker anew.
+
+        Raises:
+            RunStopped: it happens too often.
+        """
+        while True:
+            now = time.monotonic()
+            self._losses = [t for t in self._losses if now - t < WINDOW] + [now]
+            if len(self._losses) > max(MAX_LOSSES, self.num_envs):
+                raise RunStopped(
+                    f"environment workers were lost {len(self._losses)} times within "
+                    f"{WINDOW / 60:.0f} minutes; the last one, {i}, {reason}. Is the machine out "
+                    "of memory (dmesg, free -h)? Try a smaller env.num_envs; if steps are slow, a "
+                    f"larger env.worker_timeout ({self.timeout:g} s)."
+                )
+            self._warnings.append(f"environment worker {i} {reason}; it was started again.")
+            self._homeless[i] = True
+            self._workers[i].kill()
+            self._workers[i] = self._start()
+            try:
+                self._workers[i].answer(START_TIMEOUT)
+                return
+            except WorkerLost as again:
+                reason = str(again)
+
+    def pop_warnings(self) -> list[str]:
+        """One line for each worker restarted since the last call."""
+        warnings, self._warnings = self._warnings, []
+        return warnings
+
+    def render(self, env: int) -> np.ndarray | None:
+        """One frame of one environment; None if its worker was lost, drawing or before."""
+        if self._homeless[env]:
+            return None
+        self._workers[env].command({"do": "render"})
+        try:
+            shape = self._workers[env].answer(self.timeout)
+            return np.frombuffer(self._workers[env].read(), np.uint8).reshape(shape)
+        except WorkerLost as lost:
+            self._restart(env, str(lost))
+            return None
 
     def close(self) -> None:
         """Ends the workers."""
         if self._closed:
             return
         self._closed = True
-        for pipe in self._pipes:
-            pipe.close()  # a worker ends when its pipe does
-        for process in self._processes:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
-                process.join()
+        for worker in self._workers:
+            worker.close()
+        for worker in self._workers:
+            worker.join()
 
 
-def _record_type(spec: EnvSpec) -> np.dtype:
-    """What a worker sends after a step or reset."""
-    obs = [(k, _numpy_dtype(s.dtype), s.shape) for k, s in spec.obs.items()]
-    return np.dtype(
-        [
-            *((f"obs.{k}", dtype, shape) for k, dtype, shape in obs),
-            *((f"final.{k}", dtype, shape) for k, dtype, shape in obs),
-            ("reward", np.float32),
-            *((name, np.bool_) for name in FLAGS),
-        ]
-    )
-
-
-def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
-    return torch.empty(0, dtype=dtype).numpy().dtype
-
-
-def _spec_to_json(spec: EnvSpec) -> dict[str, Any]:
-    obs = {k: [list(s.shape), _numpy_dtype(s.dtype).name] for k, s in spec.obs.items()}
+def _pack(past: Past) -> dict[str, Any]:
+    """Seeds, steps per episode, and all actions [sum of steps, A] as one tensor."""
+    actions = [action for _, taken in past for action in taken]
     return {
-        "obs": obs,
-        "action_dim": spec.action_dim,
-        "max_episode_steps": spec.max_episode_steps,
-        "name": spec.name,
+        "seeds": [seed for seed, _ in past],
+        "steps": [len(taken) for _, taken in past],
+        "actions": torch.tensor(actions, dtype=torch.float32) if actions else None,
     }
 
 
-def _spec_from_json(data: dict[str, Any]) -> EnvSpec:
-    obs = {
-        k: ArraySpec(tuple(shape), torch.from_numpy(np.empty(0, dtype)).dtype)
-        for k, (shape, dtype) in data["obs"].items()
-    }
-    return EnvSpec(obs, data["action_dim"], data["max_episode_steps"], data["name"])
+def _unpack(packed: dict[str, Any]) -> Past:
+    actions = [] if packed["actions"] is None else packed["actions"].tolist()
+    past: Past = []
+    for seed, steps in zip(packed["seeds"], packed["steps"], strict=True):
+        past.append((seed, actions[:steps]))
+        actions = actions[steps:]
+    return past
 
 
-def _answer(pipe: Connection, value: Any) -> None:
-    pipe.send_bytes(json.dumps({"ok": value}).encode())
-
-
-def _work(pipe: Connection, make: Callable[..., SingleEnv], args: tuple[Any, ...]) -> None:
-    """The worker's main loop; ends when the parent closes the pipe or dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us
-    torch.set_num_threads(1)
-    env = None
-    try:
-        env = make(*args)
-        _answer(pipe, _spec_to_json(env.spec))
-        _serve(pipe, env)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass
-    except UserError as error:
-        pipe.send_bytes(json.dumps({"error": str(error), "user": True}).encode())
-    except Exception:
-        pipe.send_bytes(json.dumps({"error": traceback.format_exc(), "user": False}).encode())
-    finally:
-        if env is not None:
-            env.close()
-        os._exit(0)  # skips the simulator's exit handlers, which can hang
-
-
-def _serve(pipe: Connection, env: SingleEnv) -> None:
-    record = np.zeros((), _record_type(env.spec))
-
-    def put(prefix: str, obs: dict[str, np.ndarray]) -> None:
-        for key, value in obs.items():
-            record[f"{prefix}.{key}"] = value
-
-    while True:
-        message = json.loads(pipe.recv_bytes())
-        if message["do"] == "render":
-            frame = env.render()
-            _answer(pipe, list(frame.shape))
-            pipe.send_bytes(np.ascontiguousarray(frame).tobytes())
-            continue
-        if message["do"] == "reset":
-            put("obs", env.reset(message["seed"], rebuild=True))
-        else:
-            obs, reward, *flags = env.step(np.asarray(message["action"], np.float32))
-            record["reward"] = reward
-            for name, value in zip(FLAGS, flags, strict=True):
-                record[name] = value
-            put("final", obs)
-            put("obs", env.reset(message["seed"]) if flags[0] or flags[1] else obs)
-        _answer(pipe, None)
-        pipe.send_bytes(record.tobytes())
+def _same(reached: Obs, recorded: Obs, env: int) -> bool:
+    """Whether one environment's observations agree bit for bit."""
+    return reached.keys() == recorded.keys() and all(
+        torch.equal(reached[k][env], recorded[k][env]) for k in recorded
+    )
