@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from embodied_rl.errors import UserError
 from embodied_rl.interfaces import ActorAdapter, Backbone
+from embodied_rl.manifest import Damaged, check_file, describe
 from embodied_rl.registry import ACTORS, BACKBONES
 from embodied_rl.types import Features, Obs
 
@@ -88,6 +89,7 @@ class Policy(nn.Module):
         }
         weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         save_file(weights, folder / WEIGHTS)
+        config["weights"] = describe(folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -116,7 +118,7 @@ class Policy(nn.Module):
                 f"{folder / CONFIG} does not describe a policy ({type(error).__name__}: {error}). "
                 "Restore the file, or make the policy anew with python -m embodied_rl.pretrain."
             ) from None
-        weights = _read_weights(folder)
+        weights = _read_weights(folder, config)
         try:
             policy.load_state_dict(weights)
         except RuntimeError as error:
@@ -158,15 +160,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     if not path.is_file():
         raise UserError(
             f"the policy folder {folder} has no {WEIGHTS}. Copy it there and try again."
         )
     try:
+        if "weights" in config:  # policies saved by earlier versions have no checksum
+            check_file(path, config["weights"], WEIGHTS)
         return load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, Damaged) as error:
         raise UserError(
-            f"{path} is damaged or truncated ({error}). Copy the file again from its source."
+            f"{path} is damaged or truncated ({error}). Copy the file again from its source (if "
+            f"you changed it yourself: delete its checksum, 'weights', from {CONFIG})."
         ) from None

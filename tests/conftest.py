@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import pickle
 
 import pytest
 import torch
@@ -241,6 +242,21 @@ def fake_demos(make_env, tmp_path):
         store.append(Trajectory(fields))
     store.flush()
     return folder
+
+
+class Touch:
+    """Unpickling one makes a file."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def planted(path) -> bytes:
+    """A pickle that makes the file `path` when it is loaded; tests see whether it was."""
+    return pickle.dumps(Touch(path))
 
 
 class Scripted(Backbone):

@@ -1,9 +1,11 @@
 """Policy folders: saving, loading, and every way in which a folder can be wrong."""
 
 import json
+import zlib
 
 import pytest
 import torch
+from conftest import planted
 from safetensors.torch import load_file, save_file
 
 from embodied_rl.errors import UserError
@@ -159,7 +161,27 @@ def test_wrong_sizes(folder):
     assert "size mismatch" in message
 
 
+def test_flipped_bit_in_the_weights(folder):
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    message = refusal(folder)
+    assert f"{path} is damaged or truncated" in message and "another checksum" in message
+
+
+def test_pickle_in_place_of_the_weights(folder, tmp_path):
+    """Refused and not executed, with its checksum made right as well."""
+    path, bomb = folder / "model.safetensors", planted(tmp_path / "executed")
+    path.write_bytes(bomb)
+    assert "is damaged or truncated" in refusal(folder)
+    edit(folder, lambda c: c.update(weights={"bytes": len(bomb), "crc32": zlib.crc32(bomb)}))
+    assert "is damaged or truncated" in refusal(folder)
+    assert not (tmp_path / "executed").exists()
+
+
 def test_missing_and_foreign_tensors(folder):
+    edit(folder, lambda c: c.pop("weights"))  # policies of earlier versions have no checksum
     path = folder / "model.safetensors"
     weights = load_file(path)
     name = sorted(weights)[0]
