@@ -8,33 +8,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import embodied_rl
 from embodied_rl.errors import UserError
 from embodied_rl.interfaces import Stateful
+from embodied_rl.manifest import Damaged, verify_manifest, write_manifest
 from embodied_rl.policy import Policy
 
-FORMAT, VERSION = "embodied_rl.checkpoint", 2
+FORMAT = "embodied_rl.checkpoint"
+VERSION = 3  # of what this code writes; raised with every change of the state
+MIN_READER_VERSION = 3  # oldest reader that understands it; raised when those would go wrong
+OLDEST_READABLE = 3
 STATE, TENSORS, POLICY = "state.json", "state.safetensors", "policy"
 LAST, BEST = "last", "best"
-
-
-class TorchRandom:
-    """Torch's default generators, the only global ones that the trainer draws from."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """States of the CPU generator and of every CUDA device's."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return {"cpu": torch.get_rng_state(), "cuda": list(cuda)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores them; CUDA's only where the number of devices is the same."""
-        torch.set_rng_state(state["cpu"].cpu())
-        if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+SET_ASIDE = "damaged_"  # prefix of checkpoints that did not match their manifest
 
 
 class Checkpoints:
@@ -44,10 +34,24 @@ class Checkpoints:
         folder: the run's `checkpoints` folder.
         parts: name to stateful object; all are saved and restored together.
         keep: newest checkpoints kept besides the best.
+
+    Attributes:
+        problems: one line for each damaged checkpoint that `restore` set aside.
     """
 
     def __init__(self, folder: Path, parts: dict[str, Stateful], keep: int) -> None:
         self.folder, self.parts, self.keep = folder, parts, keep
+        self.problems: list[str] = []
+
+    @property
+    def last(self) -> str | None:
+        """Name of the newest checkpoint, None before the first."""
+        return self._name_of(LAST)
+
+    @property
+    def best(self) -> str | None:
+        """Name of the best checkpoint, None where there is none or it was damaged."""
+        return self._name_of(BEST)
 
     def save(self, step: int, policy: Policy, *, best: bool) -> Path:
         """Writes a checkpoint; it appears whole or not at all.
@@ -64,9 +68,17 @@ class Checkpoints:
             tensors: dict[str, Tensor] = {}
             tree = _split({k: p.state_dict() for k, p in self.parts.items()}, "", tensors)
             save_file(tensors, temporary / TENSORS)
-            document = {"format": FORMAT, "version": VERSION, "step": step, "state": tree}
+            document = {
+                "format": FORMAT,
+                "version": VERSION,
+                "min_reader_version": MIN_READER_VERSION,
+                "written_by": embodied_rl.__version__,
+                "step": step,
+                "state": tree,
+            }
             (temporary / STATE).write_text(json.dumps(document), encoding="utf-8")
             policy.save_pretrained(temporary / POLICY)
+            write_manifest(temporary)
             _fsync_tree(temporary)
             replaced = self.folder / f".{final.name}.old.tmp"
             shutil.rmtree(replaced, ignore_errors=True)
@@ -77,6 +89,7 @@ class Checkpoints:
             self._link(LAST, final)
             if best:
                 self._link(BEST, final)
+            _fsync(self.folder)  # the rename must be on disk before anything older is deleted
         except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own
             shutil.rmtree(temporary, ignore_errors=True)
             raise UserError(
@@ -87,32 +100,61 @@ class Checkpoints:
         return final
 
     def restore(self) -> int:
-        """Loads the newest readable checkpoint into all parts; returns its step.
+        """Loads the newest undamaged checkpoint into all parts; returns its step.
+
+        Damaged ones that are newer are renamed to `damaged_step_<n>` and told in `problems`.
 
         Raises:
-            UserError: none can be read.
+            UserError: none is usable, or the newest was written by a later embodied_rl.
         """
-        problems = []
+        damaged: list[Path] = []
         for folder in sorted(self.folder.glob("step_*"), reverse=True):
             try:
                 state, step = _read(folder)
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-                problems.append(f"{folder.name}: {error}")
+            except Damaged as error:
+                self.problems.append(f"{folder.name} is damaged and was not used: {error}.")
+                damaged.append(folder)
                 continue
-            try:
-                for name, part in self.parts.items():
-                    part.load_state_dict(state[name])
-            except (RuntimeError, KeyError, ValueError) as error:
-                raise UserError(
-                    f"{folder} does not fit this config: {error} A run continues with the "
-                    "networks, heads and alpha_type that it began with; drop those overrides."
-                ) from None
+            self._load(state, folder)
+            self._after_fallback(folder, damaged)
             return step
-        detail = f" Unreadable: {'; '.join(problems)}." if problems else ""
+        detail = f" {' '.join(self.problems)}" if self.problems else ""
         raise UserError(
             f"{self.folder} holds no usable checkpoint.{detail} Start the run anew (without "
             "resume=)."
         )
+
+    def _load(self, state: dict[str, Any], folder: Path) -> None:
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise UserError(
+                f"{folder} does not fit this config: {error} A run continues with the networks, "
+                "heads, alpha_type and env.num_envs that it began with; drop those overrides."
+            ) from None
+
+    def _after_fallback(self, used: Path, damaged: list[Path]) -> None:
+        """Sets damaged checkpoints aside, so that none is used, linked to or counted again."""
+        best = self.folder / BEST
+        target = best.resolve()
+        if best.exists() and target not in [p.resolve() for p in (used, *damaged)]:
+            try:
+                verify_manifest(target)
+            except Damaged as error:
+                damaged.append(target)
+                self.problems.append(f"{target.name}, the best, is damaged: {error}.")
+        for folder in damaged:
+            aside = self.folder / f"{SET_ASIDE}{folder.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+        if best.is_symlink() and not best.exists():
+            best.unlink()
+        self._link(LAST, used)
+
+    def _name_of(self, link: str) -> str | None:
+        path = self.folder / link
+        return path.resolve().name if path.exists() else None
 
     def _link(self, name: str, target: Path) -> None:
         temporary = self.folder / f".{name}.tmp"
@@ -129,11 +171,34 @@ class Checkpoints:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], int]:
-    document = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    if document["format"] != FORMAT or document["version"] != VERSION:
-        raise ValueError(f"format {document['format']} version {document['version']}")
-    tensors = load_file(folder / TENSORS)
-    return _join(document["state"], tensors), int(document["step"])
+    """Returns the state and the step of one checkpoint.
+
+    Raises:
+        Damaged: its files are not those that were written.
+        UserError: it is whole, but of a version that this code cannot read.
+    """
+    verify_manifest(folder)
+    try:
+        document = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        if document["format"] != FORMAT:
+            raise ValueError(f"{STATE} is of another format: {document['format']!r}")
+        _check_version(folder, document)
+        tensors = load_file(folder / TENSORS)
+        return _join(document["state"], tensors), int(document["step"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        raise Damaged(f"{type(error).__name__}: {error}") from None
+
+
+def _check_version(folder: Path, document: dict[str, Any]) -> None:
+    version, needs = int(document["version"]), int(document["min_reader_version"])
+    if needs > VERSION or version < OLDEST_READABLE:
+        cure = "Upgrade" if needs > VERSION else "Downgrade"
+        raise UserError(
+            f"{folder} was written by embodied_rl {document['written_by']} as checkpoint version "
+            f"{version}, which readers of version {needs} or newer understand. This is "
+            f"embodied_rl {embodied_rl.__version__}; it reads versions {OLDEST_READABLE} to "
+            f"{VERSION}, and newer ones that allow it. {cure} embodied_rl to continue the run."
+        )
 
 
 def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -163,8 +228,12 @@ def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 def _fsync_tree(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from embodied_rl.config import RolloutConfig
+from embodied_rl.episode import Episode, Row
+from embodied_rl.guard import Guard
 from embodied_rl.interfaces import ReplayBuffer, VecEnv
 from embodied_rl.policy import Policy
 from embodied_rl.types import EpisodeStats, Features, Obs, StepResult, Trajectory
@@ -24,16 +26,6 @@ def episode_seed(run_seed: int, env: int, episode: int) -> int:
     return TRAIN_SEEDS + int(words[0]) % TRAIN_SEEDS
 
 
-class OpenTrajectory:
-    """The episode that one environment is in the middle of."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Tensor]] = []  # one per decision
-        self.plan: list[Tensor] = []  # actions of the present chunk still to execute
-        self.rewards: list[float] = []  # of the present chunk
-        self.total, self.once, self.steps = 0.0, False, 0
-
-
 class Collector:
     """Steps the environments with the exploring policy and fills the replay buffer.
 
@@ -45,9 +37,15 @@ class Collector:
         policy: backbone and actor; None-actor policies act with their base action.
         replay: receives every finished trajectory.
         config: chunk execution, random phase and the length of replay pieces.
+        guard: checks what the environments return and what they are sent.
         store_features: put the backbone's features into the trajectories.
         seed: of the training episodes.
         device: where the policy runs.
+
+    Attributes:
+        env_steps: steps of all environments together, those of dropped episodes included.
+        dropped: episodes lost in progress: a worker died, or a resume could not re-create them.
+        recent: the latest finished trajectories, for diagnostics.
     """
 
     def __init__(
@@ -56,44 +54,71 @@ class Collector:
         policy: Policy,
         replay: ReplayBuffer,
         config: RolloutConfig,
+        guard: Guard,
         *,
         store_features: bool,
         seed: int,
         device: torch.device,
     ) -> None:
         self.env, self.policy, self.replay, self.config = env, policy, replay, config
-        self.store_features, self.seed, self.device = store_features, seed, device
+        self.guard, self.store_features, self.seed, self.device = (
+            guard,
+            store_features,
+            seed,
+            device,
+        )
         self.execute = policy.execute_steps
-        self.env_steps = 0
+        self.env_steps, self.dropped = 0, 0
         self.stats = EpisodeStats()
-        self.recent: deque[Trajectory] = deque(maxlen=RECENT)  # for diagnostics
-        self._episodes = [0] * env.num_envs  # number of each environment's present episode
-        self._open = [OpenTrajectory() for _ in range(env.num_envs)]
-        self._obs: Obs | None = None
+        self.recent: deque[Trajectory] = deque(maxlen=RECENT)
+        self._numbers = [0] * env.num_envs  # of each environment's present episode
+        self._episodes = [Episode() for _ in range(env.num_envs)]
+        self._obs: Obs | None = None  # what to act on next
+        self._saved: dict[str, Any] | None = None  # state of the environments to go back to
 
-    def start(self) -> None:
-        """Starts a fresh episode everywhere; what was half done is dropped."""
-        n = self.env.num_envs
-        self._open = [OpenTrajectory() for _ in range(n)]
-        self._obs = self.env.reset([self._seed(i) for i in range(n)])
+    def start(self) -> int:
+        """Starts the first episodes, or goes on with those of a checkpoint.
 
-    def _seed(self, env: int, ahead: int = 0) -> int:
-        return episode_seed(self.seed, env, self._episodes[env] + ahead)
+        Returns:
+            How many of the checkpoint's episodes the simulator did not come back to. They are
+            dropped, and their environments begin their next episodes.
+        """
+        different: list[int] = []
+        if self._saved is None:
+            self._obs = self.env.reset(self._seeds())
+        else:
+            self._obs, restarted = self.env.resume(self._saved, self._seeds(ahead=1))
+            different = restarted.nonzero().flatten().tolist()
+        for i in different:
+            self._drop(i)
+        self._check("at the start of the episodes", {f"obs.{k}": v for k, v in self._obs.items()})
+        return len(different)
+
+    def _seeds(self, ahead: int = 0) -> list[int]:
+        return [episode_seed(self.seed, i, n + ahead) for i, n in enumerate(self._numbers)]
+
+    def _drop(self, env: int) -> None:
+        self.dropped += 1
+        self._next_episode(env)
+
+    def _next_episode(self, env: int) -> None:
+        self._numbers[env] += 1
+        self._episodes[env] = Episode()
 
     @torch.no_grad()
     def begin(self) -> None:
         """Decides where a chunk is used up, and starts one environment step."""
         assert self._obs is not None, "call start() first"
-        deciding = [i for i, o in enumerate(self._open) if not o.plan]
+        deciding = [i for i, e in enumerate(self._episodes) if e.undecided]
         if deciding:
             obs = {k: v[deciding].to(self.device) for k, v in self._obs.items()}
             features = self.policy.encode(obs)
-            chunks = self._explore(features)
+            chunks = self._explore(features).cpu()
+            self._check("in the policy's actions", {"action": chunks})
             for j, i in enumerate(deciding):
-                self._decide(i, _row(obs, j), _feature_row(features, j), chunks[j])
-        actions = torch.stack([o.plan.pop(0) for o in self._open])
-        seeds = [self._seed(i, ahead=1) for i in range(self.env.num_envs)]
-        self.env.send(actions, seeds)
+                self._decide(i, self._observation(obs, features, j), chunks[j])
+        actions = torch.stack([e.next_action() for e in self._episodes])
+        self.env.send(actions, self._seeds(ahead=1))
 
     def _explore(self, features: Features) -> Tensor:
         if self.env_steps < self.config.random_steps:
@@ -103,76 +128,59 @@ class Collector:
             return features.base_action
         return actor.explore(features, self.env_steps).action
 
-    def _decide(
-        self, i: int, obs: dict[str, Tensor], features: dict[str, Tensor], chunk: Tensor
-    ) -> None:
-        current = self._open[i]
-        row = self._observation_row(obs, features)
-        if len(current.rows) >= self.config.max_trajectory_steps:
-            self._close(current, row)
-            current.rows = []
-        chunk = chunk.cpu()
-        current.rows.append({**row, "action": chunk})
-        current.plan = list(chunk[: self.execute])
-        current.rewards = []
+    def _decide(self, i: int, row: Row, chunk: Tensor) -> None:
+        if self._episodes[i].rows >= self.config.max_trajectory_steps:
+            self._store(self._episodes[i].close(row))
+        self._episodes[i].decide(row, chunk, self.execute)
 
     def end(self) -> None:
         """Waits for the step and books it; finished episodes go to replay."""
         result = self.env.recv()
+        arrived = {f"obs.{k}": v for k, v in result.obs.items()}
+        arrived |= {f"final_obs.{k}": v for k, v in result.final_obs.items()}
+        self._check("in the step of the environments", {"reward": result.reward, **arrived})
         self._obs = result.obs
         self.env_steps += self.env.num_envs
-        ended = (result.terminated | result.truncated).cpu()
+        ended, lost = (result.terminated | result.truncated).tolist(), result.restarted.tolist()
         reward, success = result.reward.tolist(), result.success.tolist()
-        for i, current in enumerate(self._open):
-            current.rewards.append(reward[i])
-            current.total += reward[i]
-            current.once |= success[i]
-            current.steps += 1
-            if ended[i] or not current.plan:
-                self._finish_decision(current, result, i)
-        finished = ended.nonzero().flatten().tolist()
+        for i, episode in enumerate(self._episodes):
+            if lost[i]:
+                self._drop(i)
+                continue
+            episode.book(reward[i], success[i])
+            if ended[i] or episode.undecided:
+                episode.finish_decision(result, i, self.execute)
+        finished = [i for i in range(self.env.num_envs) if ended[i] and not lost[i]]
         if finished:
             self._finish_episodes(finished, result)
-
-    def _finish_decision(self, current: OpenTrajectory, result: StepResult, i: int) -> None:
-        rewards = torch.zeros(self.execute)
-        rewards[: len(current.rewards)] = torch.tensor(current.rewards)
-        current.rows[-1] |= {
-            "reward": rewards,
-            "steps": torch.tensor(len(current.rewards)),
-            "terminated": result.terminated[i].cpu(),
-            "truncated": result.truncated[i].cpu(),
-            "success": result.success[i].cpu(),
-        }
 
     @torch.no_grad()
     def _finish_episodes(self, finished: list[int], result: StepResult) -> None:
         obs = {k: v[finished].to(self.device) for k, v in result.final_obs.items()}
         features = self.policy.encode(obs)
         for j, i in enumerate(finished):
-            current = self._open[i]
-            self._close(current, self._observation_row(_row(obs, j), _feature_row(features, j)))
+            episode = self._episodes[i]
+            self._store(episode.close(self._observation(obs, features, j)))
             at_end = bool(result.success[i])
-            self.stats.add(current.total, current.once, at_end, current.steps)
-            self._episodes[i] += 1
-            self._open[i] = OpenTrajectory()
+            self.stats.add(episode.total, episode.once, at_end, episode.steps)
+            self._next_episode(i)
 
-    def _observation_row(
-        self, obs: dict[str, Tensor], features: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        row = {f"obs.{k}": v.cpu() for k, v in obs.items()}
+    def _observation(self, obs: Obs, features: Features, j: int) -> Row:
+        row = {f"obs.{k}": v[j].cpu() for k, v in obs.items()}
         if self.store_features:
-            row |= {f"features.{k}": v.cpu() for k, v in features.items()}
+            row |= {f"features.{k}": v[j].cpu() for k, v in vars(features).items()}
         return row
 
-    def _close(self, current: OpenTrajectory, last: dict[str, Tensor]) -> None:
-        """Stacks the rows and the final observation into a trajectory."""
-        first = current.rows[0]
-        end = {k: last[k] if k in last else torch.zeros_like(v) for k, v in first.items()}
-        rows = [*current.rows, end]
-        trajectory = Trajectory({k: torch.stack([r[k] for r in rows]) for k in first})
+    def _store(self, trajectory: Trajectory) -> None:
         self.replay.add(trajectory)
         self.recent.append(trajectory)
+
+    def _check(self, when: str, tensors: dict[str, Tensor]) -> None:
+        self.guard.check(when, self.env_steps, tensors, self._context)
+
+    def _context(self) -> dict[str, Any]:
+        """What re-creates the simulators' state, and what was last seen before."""
+        return {"env": self.env.state_dict(), "seen_before": self._obs}
 
     def pop_stats(self) -> EpisodeStats:
         """Returns the episodes finished since the last call."""
@@ -180,18 +188,32 @@ class Collector:
         return stats
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters; episodes in progress are not kept and start anew after a resume."""
-        return {"env_steps": self.env_steps, "episodes": list(self._episodes)}
+        """Counters, the episodes in progress and the latest finished ones."""
+        return {
+            "env_steps": self.env_steps,
+            "dropped": self.dropped,
+            "stats": vars(self.stats),
+            "recent": [t.fields for t in self.recent],
+            "numbers": list(self._numbers),
+            "episodes": [e.state_dict() for e in self._episodes],
+            "env": self._saved if self._obs is None else self.env.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the counters; each environment goes on with its next episode's seed."""
-        self.env_steps = state["env_steps"]
-        self._episodes = [n + 1 for n in state["episodes"]]
+        """Restores what `state_dict` returned; `start` then goes back into the episodes.
 
-
-def _row(obs: Obs, j: int) -> dict[str, Tensor]:
-    return {k: v[j] for k, v in obs.items()}
-
-
-def _feature_row(features: Features, j: int) -> dict[str, Tensor]:
-    return {"vector": features.vector[j], "base_action": features.base_action[j]}
+        Raises:
+            ValueError: the state is of another number of environments.
+        """
+        if len(state["numbers"]) != self.env.num_envs:
+            raise ValueError(
+                f"the checkpoint has {len(state['numbers'])} environments, env.num_envs is "
+                f"{self.env.num_envs}."
+            )
+        self.env_steps, self.dropped = state["env_steps"], state["dropped"]
+        self.stats = EpisodeStats(**state["stats"])
+        self.recent = deque((Trajectory(fields) for fields in state["recent"]), maxlen=RECENT)
+        self._numbers = list(state["numbers"])
+        for episode, saved in zip(self._episodes, state["episodes"], strict=True):
+            episode.load_state_dict(saved)
+        self._saved = state["env"]

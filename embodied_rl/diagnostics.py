@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,14 @@ class Diagnostics:
             "entropy bonus may drown the reward. Lower algorithm.entropy_tuning.target_entropy or "
             "its optim.lr, or set algorithm.entropy_tuning.alpha_type=fixed_alpha."
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the warning was given."""
+        return {"warned": self._warned}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores it: the warning is given once a run, not once a resume."""
+        self._warned = state["warned"]
 
     def _networks(self, batch: Batch) -> dict[str, float]:
         """Runs copies of actor and critics over the batch, as training does."""

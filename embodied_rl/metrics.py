@@ -10,6 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -34,24 +35,46 @@ class Means:
         self._values.clear()
         return means
 
+    def state_dict(self) -> dict[str, Any]:
+        """All values since the last `pop`, [n] per name, in the precision that `pop` sums in."""
+        return {
+            name: torch.tensor([float(v) for v in values], dtype=torch.float64)
+            for name, values in self._values.items()
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores them."""
+        self._values.clear()
+        self._values.update({name: values.tolist() for name, values in state.items()})
+
 
 class Logger:
     """Writes scalars to TensorBoard and `metrics.jsonl`, and keeps the progress bar.
 
+    Its checkpointed state is the length of `metrics.jsonl`, to which `open` cuts the file back:
+    after a resume no record is lost, and none is there twice.
+
     Args:
         folder: the run folder.
         total_steps: environment steps of the whole run.
-        start_step: records beyond this step are dropped (a resume goes back to its checkpoint).
     """
 
-    def __init__(self, folder: Path, total_steps: int, start_step: int = 0) -> None:
+    def __init__(self, folder: Path, total_steps: int) -> None:
+        self._folder, self._total = folder, total_steps
         self._path = folder / RECORDS
-        _drop_later_records(self._path, start_step)
-        purge = start_step + 1 if start_step else None
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        self._length: int | None = None  # bytes that a checkpoint stands behind
+
+    def open(self, step: int) -> None:
+        """Starts recording after `step`; what a checkpoint does not know of is dropped."""
+        purge = None
+        if self._length is not None:
+            purge = step + 1
+            if self._path.exists() and self._path.stat().st_size > self._length:
+                os.truncate(self._path, self._length)
+        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=purge)
         self._bar = tqdm(
-            total=total_steps,
-            initial=start_step,
+            total=self._total,
+            initial=step,
             unit="step",
             dynamic_ncols=True,
             file=sys.stderr,
@@ -79,12 +102,19 @@ class Logger:
         self._bar.write(message, file=sys.stdout)
         sys.stdout.flush()
 
-    def sync(self) -> None:
-        """Forces what was recorded to disk."""
+    def state_dict(self) -> dict[str, Any]:
+        """Forces what was recorded to disk, and returns its length in bytes."""
         self._board.flush()
+        length = 0
         if self._path.exists():
             with self._path.open("rb") as file:
                 os.fsync(file.fileno())
+                length = os.fstat(file.fileno()).st_size
+        return {"length": length}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes note of the length; `open` cuts the file."""
+        self._length = state["length"]
 
     def close(self) -> None:
         """Ends the bar and the writers."""
@@ -138,12 +168,3 @@ def plot_curve(folder: Path, title: str, metric: str) -> Path:
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
-
-
-def _drop_later_records(path: Path, step: int) -> None:
-    kept = [r for r in read_records(path) if r["step"] <= step]
-    if not path.exists():
-        return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-    temporary.replace(path)

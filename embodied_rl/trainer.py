@@ -10,54 +10,20 @@ from typing import Any
 import torch
 
 from embodied_rl import builders
-from embodied_rl.checkpoint import BEST, POLICY, Checkpoints, TorchRandom
+from embodied_rl.checkpoint import BEST, LAST, POLICY, Checkpoints
 from embodied_rl.collector import Collector
 from embodied_rl.config import Config
 from embodied_rl.diagnostics import Diagnostics
+from embodied_rl.errors import RunStopped
 from embodied_rl.evaluator import Evaluation, Evaluator
+from embodied_rl.generators import Generators
+from embodied_rl.guard import Guard, Update
 from embodied_rl.interfaces import VecEnv
 from embodied_rl.metrics import Logger, Means, plot_curve
 from embodied_rl.policy import Policy
+from embodied_rl.progress import Clock, Progress
 from embodied_rl.stopping import StopRequest
 from embodied_rl.types import Batch
-
-
-class Progress:
-    """Counters of a run that a checkpoint keeps."""
-
-    def __init__(self) -> None:
-        self.updates = 0
-        self.best_score: float | None = None
-        self.best_step = 0
-        self.last_eval: dict[str, float] = {}
-        self.seconds = 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        """All counters."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores them."""
-        vars(self).update(state)
-
-
-class Clock:
-    """Rates of the training loop, evaluations left out."""
-
-    def __init__(self) -> None:
-        self.steps, self.updates, self.seconds = 0, 0, 0.0
-
-    def add(self, steps: int, seconds: float) -> None:
-        """Counts one iteration."""
-        self.steps += steps
-        self.seconds += seconds
-
-    def pop(self) -> dict[str, float]:
-        """Returns steps and updates per second since the last call."""
-        seconds = max(self.seconds, 1e-9)
-        rates = {"steps_per_s": self.steps / seconds, "updates_per_s": self.updates / seconds}
-        self.steps, self.updates, self.seconds = 0, 0, 0.0
-        return rates
 
 
 class Trainer:
@@ -87,11 +53,13 @@ class Trainer:
         self.sac = builders.build_sac(config, policy, q_head, device)
         self.averaged = policy.with_actor(self.sac.average.module)
         self.replay = builders.build_replay(config, policy, run_dir / "replay", device)
+        self.guard = Guard(run_dir / "failure", enabled=config.train.guard)
         self.collector = Collector(
             env,
             policy,
             self.replay,
             config.rollout,
+            self.guard,
             store_features=config.policy.cache_features,
             seed=config.seed,
             device=device,
@@ -102,7 +70,8 @@ class Trainer:
         self._batch: Batch | None = None  # the latest one
         self.progress = Progress()
         self.means = Means()
-        self._clock = Clock()
+        self.clock = Clock()
+        self.logger = Logger(run_dir, config.train.total_steps)
         self._improved = False
         self._eval_env: VecEnv | None = None
         self.checkpoints = Checkpoints(
@@ -112,7 +81,11 @@ class Trainer:
                 "replay": self.replay,
                 "collector": self.collector,
                 "progress": self.progress,
-                "torch": TorchRandom(),
+                "means": self.means,
+                "clock": self.clock,
+                "logger": self.logger,
+                "diagnostics": self.diagnostics,
+                "generators": Generators(),
             },
             config.train.keep_checkpoints,
         )
@@ -123,13 +96,22 @@ class Trainer:
         return self.collector.env_steps
 
     def run(self, *, resume: bool) -> dict[str, Any] | None:
-        """Trains to the end; returns the results, or None if it was stopped (and saved) before."""
+        """Trains to the end; returns the results, or None if it was stopped (and saved) before.
+
+        Raises:
+            RunStopped: broken numbers, or simulators that keep dying; names the last checkpoint.
+        """
         if resume:
             self.checkpoints.restore()
-        self.logger = Logger(self.run_dir, self.config.train.total_steps, self.step)
+            if self.checkpoints.best is None:  # damaged: the next evaluation is the best one again
+                self.progress.best_score = None
+        self.logger.open(self.step)
         self._opened = time.monotonic() - self.progress.seconds
-        for problem in self.replay.problems:
-            self.logger.say(f"warning: replay: {problem}")
+        for problem in [
+            *self.checkpoints.problems,
+            *(f"replay: {p}" for p in self.replay.problems),
+        ]:
+            self.logger.say(f"warning: {problem}")
         try:
             if not resume:
                 self._evaluate(video=self.run_dir / "videos" / "first.mp4")
@@ -139,14 +121,41 @@ class Trainer:
                 self._save()
                 return None
             return self._finish()
+        except RunStopped as error:
+            raise RunStopped(f"{error} {self._way_on()}") from error
         finally:
+            self._tell_restarts()
             self.logger.close()
             if self._eval_env is not None:
                 self._eval_env.close()
+            self.replay.close()
+
+    def _way_on(self) -> str:
+        last = self.checkpoints.last
+        if last is None:
+            return "There is no checkpoint yet."
+        return (
+            f"The last good checkpoint, {last}, is intact; to continue from it: "
+            f"python -m embodied_rl.train resume={self.run_dir}"
+        )
+
+    def _start(self) -> None:
+        different = self.collector.start()
+        if different:
+            self.logger.say(
+                f"warning: {different} of {self.env.num_envs} episodes in progress were dropped: "
+                "the simulator, given the same seed and actions, did not come to the observation "
+                "that was recorded. Their environments begin new episodes."
+            )
+
+    def _tell_restarts(self) -> None:
+        for env in (self.env, self._eval_env):
+            for line in env.pop_warnings() if env is not None else []:
+                self.logger.say(f"warning: {line}")
 
     def _train(self) -> None:
         train, interval = self.config.train, self.config.eval.interval
-        self.collector.start()
+        self._start()
         while self.step < train.total_steps and not self.stop.requested:
             before = self.step
 
@@ -180,22 +189,27 @@ class Trainer:
                 for _ in range((s + 1) * updates // steps - s * updates // steps):
                     self._update()
             self.collector.end()
-        self._clock.add(steps * self.env.num_envs, time.monotonic() - started)
+        self.guard.verify()  # so that no log, evaluation or checkpoint comes before a check
+        self._tell_restarts()
+        self.clock.add(steps * self.env.num_envs, time.monotonic() - started)
 
     def _update(self) -> None:
         self.sac.engine.set_progress(self.step / self.config.train.total_steps)
         self._batch = self.replay.sample(self.config.algorithm.batch_size)
-        self.means.add(self.sac.update(self._batch, env_steps=self.step))
+        metrics = self.sac.update(self._batch, env_steps=self.step)
         self.progress.updates += 1
-        self._clock.updates += 1
+        self.clock.updates += 1
+        self.guard.watch(Update(self.progress.updates, self.step, self._batch, metrics))
+        self.means.add(metrics)
 
     def _log(self) -> None:
         """Records what happened since the last record."""
         episodes = self.collector.pop_stats().summary()
-        rates = self._clock.pop()
+        rates = self.clock.pop()
         values = {f"train/{k}": v for k, v in episodes.items()}
         values |= {f"speed/{k}": v for k, v in rates.items()}
         values["train/updates"] = float(self.progress.updates)
+        values["train/dropped_episodes"] = float(self.collector.dropped)
         values |= self.means.pop()
         if self._batch is not None and self.config.train.diagnostics:
             values |= self.diagnostics.measure(self._batch, self.collector.recent)
@@ -213,6 +227,7 @@ class Trainer:
         """Scores the policy on the learning curve's seeds."""
         summary = self._score(self.averaged, self.config.eval.seed, video).summary
         score = summary[self.config.eval.metric]
+        self.guard.check("in an evaluation", self.step, {"return": torch.tensor(summary["return"])})
         self.logger.write(self.step, {f"eval/{k}": v for k, v in summary.items()})
         self.logger.show(self.step, success=f"{summary['success_once']:.0%}")
         best = self.progress.best_score
@@ -239,7 +254,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.progress.seconds = time.monotonic() - self._opened
-        self.logger.sync()
+        self.guard.check_state(self.step, self.sac.state_dict())
         self.checkpoints.save(self.step, self.averaged, best=self._improved)
         self._improved = False
 
@@ -252,8 +267,11 @@ class Trainer:
         else:
             start = Policy.from_pretrained(self.config.policy.path).to(self.device)
         before = self._score(start, final_seed, None).summary
-        best = Policy.from_pretrained(self.run_dir / "checkpoints" / BEST / POLICY).to(self.device)
-        after = self._score(best, final_seed, self.run_dir / "videos" / "last.mp4").summary
+        link = LAST if self.checkpoints.best is None else BEST
+        best = Policy.from_pretrained(self.run_dir / "checkpoints" / link / POLICY)
+        after = self._score(
+            best.to(self.device), final_seed, self.run_dir / "videos" / "last.mp4"
+        ).summary
         results = {
             "pretrained": before,
             "final": after,

@@ -2,15 +2,20 @@
 
 import json
 import os
+import random
 import resource
-import shutil
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from conftest import planted
 
-from embodied_rl.checkpoint import VERSION, Checkpoints, TorchRandom
+from embodied_rl.checkpoint import VERSION, Checkpoints
 from embodied_rl.errors import UserError
+from embodied_rl.generators import Generators
+from embodied_rl.manifest import write_manifest
 from embodied_rl.policy import Policy
 
 pytestmark = pytest.mark.unit
@@ -109,6 +114,7 @@ def test_nothing_but_safetensors_and_json(make, policy, tmp_path):
     folder = checkpoints.save(7, policy, best=True)
     files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     assert files == [
+        "manifest.json",
         "policy/config.json",
         "policy/model.safetensors",
         "state.json",
@@ -146,61 +152,168 @@ def test_same_step_again_replaces(make, policy, tmp_path):
     assert (tmp_path / "checkpoints" / "best" / "state.json").is_file()
 
 
-def damage(folder, how: str) -> None:
-    tensors, state = folder / "state.safetensors", folder / "state.json"
-    if how == "truncated tensors":
-        tensors.write_bytes(tensors.read_bytes()[:-3])
-    elif how == "no tensors":
-        tensors.unlink()
-    elif how == "truncated json":
-        state.write_text(state.read_text()[:-9])
-    elif how == "empty json":
-        state.write_text("")
-    elif how == "binary json":
-        state.write_bytes(b"\xff\xfe\xfa")
-    elif how == "json of another kind":
-        state.write_text("[1, 2]")
-    elif how == "tensor missing":
-        state.write_text(state.read_text().replace("part/x", "part/y"))
-    elif how == "another version":
-        now = f'"version": {VERSION}'
-        assert now in state.read_text()
-        state.write_text(state.read_text().replace(now, '"version": 99'))
-    else:
-        shutil.rmtree(folder)
-        folder.mkdir()
+# ---------------------------------------------------------------- damage
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "truncated tensors",
-        "no tensors",
-        "truncated json",
-        "empty json",
-        "binary json",
-        "json of another kind",
-        "tensor missing",
-        "another version",
-        "empty folder",
-    ],
-)
-def test_damaged_newest_falls_back(make, policy, how):
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def replace(old: str, new: str):
+    def edit(path: Path) -> None:
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+
+    return edit
+
+
+def write(data: bytes):
+    return lambda path: path.write_bytes(data)
+
+
+FILES = ("state.safetensors", "state.json", "manifest.json", "policy/model.safetensors")
+NAMED = {  # damage that no manifest hides: where, how
+    "tensors truncated": ("state.safetensors", truncate),
+    "tensors gone": ("state.safetensors", Path.unlink),
+    "json truncated": ("state.json", truncate),
+    "json empty": ("state.json", write(b"")),
+    "json binary": ("state.json", write(b"\xff\xfe\xfa")),
+    "json of another kind": ("state.json", write(b"[1, 2]")),
+    "json nested without end": ("state.json", write(b"[" * 100_000)),
+    "reference to no tensor": ("state.json", replace("part/x", "part/y")),
+    "of another format": ("state.json", replace("embodied_rl.checkpoint", "else")),
+}
+
+
+@pytest.fixture
+def two(make, policy):
+    """Checkpoints 10 and 20 (x is 1 and 2); returns them, the part and the newer folder."""
     checkpoints, part = make({"x": torch.tensor([1.0])})
-    checkpoints.save(10, policy, best=False)
+    checkpoints.save(10, policy, best=True)
     part.state = {"x": torch.tensor([2.0])}
-    damage(checkpoints.save(20, policy, best=False), how)
+    return checkpoints, part, checkpoints.save(20, policy, best=False)
+
+
+def assert_fell_back(checkpoints, part) -> None:
+    assert checkpoints.restore() == 10 and part.state["x"].tolist() == [1.0]
+    (problem,) = checkpoints.problems
+    assert problem.startswith("step_000000020 is damaged and was not used: ")
+    assert names(checkpoints.folder) == ["best", "damaged_step_000000020", "last", "step_000000010"]
+    assert checkpoints.last == checkpoints.best == "step_000000010"
+
+
+@pytest.mark.parametrize("change", [truncate, flip, Path.unlink, write(b"")])
+@pytest.mark.parametrize("file", FILES)
+def test_damaged_newest_falls_back_and_is_told(two, file, change):
+    checkpoints, part, folder = two
+    change(folder / file)
+    assert_fell_back(checkpoints, part)
+    if file != "manifest.json":
+        assert file in checkpoints.problems[0]
+
+
+@pytest.mark.parametrize("how", NAMED)
+def test_damage_that_the_manifest_agrees_with(two, how):
+    checkpoints, part, folder = two
+    file, change = NAMED[how]
+    change(folder / file)
+    write_manifest(folder)
+    assert_fell_back(checkpoints, part)
+
+
+def test_foreign_and_missing_files_and_empty_folders(two):
+    checkpoints, part, folder = two
+    (folder / "notes.txt").write_text("mine")
+    assert_fell_back(checkpoints, part)
+    assert "notes.txt is not in the manifest" in checkpoints.problems[0]
+    (checkpoints.folder / "step_000000030").mkdir()
+    assert checkpoints.restore() == 10 and "step_000000030" in checkpoints.problems[1]
+
+
+def test_every_bit_counts(make, policy):
+    """Whatever single bit of whatever file flips, the checkpoint is not used or still the same."""
+    checkpoints, part = make({"x": torch.tensor([1.0, 2.0])})
+    folder = checkpoints.save(10, policy, best=False)
+    rng = np.random.default_rng(0)
+    for path in [p for p in sorted(folder.rglob("*")) if p.is_file()]:
+        original = path.read_bytes()
+        for position in rng.choice(len(original), 40, replace=False):
+            data = bytearray(original)
+            data[position] ^= 1 << int(rng.integers(8))
+            path.write_bytes(data)
+            part.state = {}
+            try:
+                checkpoints.restore()
+            except UserError as error:
+                assert "is damaged" in str(error)
+            else:
+                assert path.name == "manifest.json", "white space, say"
+                assert part.state["x"].tolist() == [1.0, 2.0]
+            path.write_bytes(original)
     assert checkpoints.restore() == 10
-    assert part.state["x"].tolist() == [1.0]
+
+
+def test_damaged_best_is_told(two):
+    checkpoints, part, _ = two
+    flip(checkpoints.folder / "step_000000010" / "policy" / "model.safetensors")
+    assert checkpoints.restore() == 20 and part.state["x"].tolist() == [2.0]
+    assert checkpoints.problems[0].startswith("step_000000010, the best, is damaged: ")
+    assert checkpoints.best is None and checkpoints.last == "step_000000020"
 
 
 def test_nothing_usable(make, policy):
     checkpoints, _ = make({})
     with pytest.raises(UserError, match="no usable checkpoint"):
         checkpoints.restore()
-    damage(checkpoints.save(10, policy, best=False), "empty json")
-    with pytest.raises(UserError, match=r"Unreadable: step_000000010: .*Start the run anew"):
+    write(b"")(checkpoints.save(10, policy, best=False) / "state.json")
+    with pytest.raises(UserError, match=r"step_000000010 is damaged .*Start the run anew"):
         checkpoints.restore()
+    assert names(checkpoints.folder) == ["last", "step_000000010"], "nothing to fall back on"
+
+
+@pytest.mark.parametrize("file", ["state.json", "state.safetensors", "manifest.json"])
+@pytest.mark.parametrize("agreeing", [False, True], ids=["old manifest", "manifest made to fit"])
+def test_planted_pickle_is_refused_and_not_executed(two, tmp_path, file, agreeing):
+    checkpoints, part, folder = two
+    (folder / file).write_bytes(planted(tmp_path / "executed"))
+    if agreeing and file != "manifest.json":
+        write_manifest(folder)
+    assert_fell_back(checkpoints, part)
+    assert not (tmp_path / "executed").exists()
+
+
+# ---------------------------------------------------------------- versions
+
+
+def set_version(folder: Path, version: int, needs: int) -> None:
+    path = folder / "state.json"
+    document = json.loads(path.read_text())
+    assert document["version"] == VERSION and document["min_reader_version"] <= VERSION
+    document |= {"version": version, "min_reader_version": needs, "written_by": "9.8.7"}
+    document["state"]["$dict"].append(["a part of the future", 5])
+    path.write_text(json.dumps(document))
+    write_manifest(folder)
+
+
+def test_newer_version_that_allows_it_is_read(two):
+    checkpoints, part, folder = two
+    set_version(folder, VERSION + 5, VERSION)
+    assert checkpoints.restore() == 20 and part.state["x"].tolist() == [2.0]
+
+
+def test_newer_version_that_does_not_is_named(two):
+    """It is not damaged: going back to an older checkpoint would throw work away."""
+    checkpoints, _, folder = two
+    set_version(folder, VERSION + 5, VERSION + 1)
+    with pytest.raises(UserError, match=r"written by embodied_rl 9\.8\.7 .*Upgrade embodied_rl"):
+        checkpoints.restore()
+    assert folder.is_dir(), "left as it was"
 
 
 def test_half_written_checkpoint_does_not_count(make, policy, tmp_path):
@@ -228,15 +341,25 @@ def test_state_that_does_not_fit_is_explained(make, policy):
         checkpoints.restore()
 
 
-def test_torch_generator_is_restored(tmp_path, policy):
-    checkpoints = Checkpoints(tmp_path / "c", {"torch": TorchRandom()}, 2)
-    torch.manual_seed(11)
-    torch.randn(5)
-    checkpoints.save(1, policy, best=False)
-    expected = torch.randn(5)
-    torch.manual_seed(0)
-    checkpoints.restore()
-    assert torch.equal(torch.randn(5), expected)
+def test_generators_are_restored(tmp_path, policy):
+    checkpoints = Checkpoints(tmp_path / "c", {"generators": Generators()}, 2)
+
+    def draw():
+        return [*torch.randn(5).tolist(), *np.random.randn(3), random.random(), random.gauss(0, 1)]
+
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        draw()  # an odd number of Gaussians: the spare one is state too
+        checkpoints.save(1, policy, best=False)
+        expected = draw()
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        assert checkpoints.restore() == 1 and draw() == expected
+    finally:
+        torch.set_rng_state(before[0])
+        np.random.set_state(before[1])
+        random.setstate(before[2])
 
 
 # ---------------------------------------------------------------- disks that refuse

@@ -5,6 +5,7 @@ import torch
 
 from embodied_rl.collector import TRAIN_SEEDS, Collector, episode_seed
 from embodied_rl.config import RolloutConfig
+from embodied_rl.guard import Guard
 from embodied_rl.policy import Policy
 from embodied_rl.registry import ACTORS
 
@@ -24,24 +25,40 @@ class Sink:
 
 
 @pytest.fixture
-def collect(make_env):
-    """Runs `steps` steps; returns the collector and the fields of its trajectories."""
+def make_collector(make_env, tmp_path):
+    """A collector on the fake environment, and the sink that it fills."""
 
-    def run(policy, steps, *, num_envs=1, limit=5, task="reach", features=False, **rollout):
+    def make(policy, *, num_envs=1, limit=5, task="reach", features=False, env=None, **rollout):
         sink = Sink()
         collector = Collector(
-            make_env(task, num_envs, limit),
+            env or make_env(task, num_envs, limit),
             policy,
             sink,
             RolloutConfig(**{"max_trajectory_steps": 500, "random_steps": 0, **rollout}),
+            Guard(tmp_path / "failure", enabled=True),
             store_features=features,
             seed=SEED,
             device=CPU,
         )
+        return collector, sink
+
+    return make
+
+
+def advance(collector, steps: int) -> None:
+    for _ in range(steps):
+        collector.begin()
+        collector.end()
+
+
+@pytest.fixture
+def collect(make_collector):
+    """Runs `steps` steps; returns the collector and the fields of its trajectories."""
+
+    def run(policy, steps, **settings):
+        collector, sink = make_collector(policy, **settings)
         collector.start()
-        for _ in range(steps):
-            collector.begin()
-            collector.end()
+        advance(collector, steps)
         return collector, [t.fields for t in sink.trajectories]
 
     return run
@@ -197,25 +214,94 @@ def test_exploration_sees_the_step_count(collect, make_backbone, make_config):
     assert (fields["action"][:5] != fields["features.base_action"][:5]).any()
 
 
-def test_resume_goes_on_with_the_next_episodes(collect, scripted, to_origin, make_env):
+# ---------------------------------------------------------------- going on from a checkpoint
+
+
+def same_trajectories(ours, theirs) -> None:
+    assert len(ours) == len(theirs) > 0
+    for one, two in zip(ours, theirs, strict=True):
+        assert one.fields.keys() == two.fields.keys()
+        for name, value in one.fields.items():
+            assert torch.equal(value, two.fields[name]), name
+            assert value.dtype == two.fields[name].dtype, name
+
+
+@pytest.mark.parametrize("before", [0, 3, 11, 12, 16])
+def test_episodes_in_progress_go_on(make_collector, scripted, to_origin, before):
+    """Chunks of three of which two run, pieces of two decisions, environments out of step."""
+    settings = {"num_envs": 3, "limit": 7, "task": "reach-terminates", "max_trajectory_steps": 2}
+    policy = scripted(lambda s: to_origin(s).repeat(1, 3, 1) * 0.4, chunk=3, execute=2)
+    straight, expected = make_collector(policy, **settings, features=True)
+    straight.start()
+    advance(straight, before)
+    state, done = straight.state_dict(), len(expected.trajectories)
+    resumed, found = make_collector(policy, **settings, features=True)
+    resumed.load_state_dict(state)
+    assert resumed.start() == 0 and resumed.dropped == 0
+    advance(straight, 20)
+    advance(resumed, 20)
+    same_trajectories(found.trajectories, expected.trajectories[done:])
+    same_trajectories(resumed.recent, straight.recent)
+    assert resumed.pop_stats() == straight.pop_stats(), "unreported episodes are kept"
+    assert resumed.env_steps == straight.env_steps
+    assert resumed.state_dict().keys() == state.keys()
+
+
+def test_episodes_that_come_out_different_are_dropped(
+    make_collector, make_env, scripted, to_origin
+):
+    """What the environments do not come back to begins anew, with the next seed."""
+    settings = {"num_envs": 3, "limit": 9}
     policy = scripted(to_origin)
-    collector, _ = collect(policy, 12, num_envs=2)  # two episodes each, the third begun
-    state = collector.state_dict()
-    sink = Sink()
-    again = Collector(
-        make_env("reach", 2, 5),
-        policy,
-        sink,
-        RolloutConfig(),
-        store_features=False,
-        seed=SEED,
-        device=CPU,
-    )
-    again.load_state_dict(state)
-    assert again.env_steps == 24
-    again.start()
-    for _ in range(5):
-        again.begin()
-        again.end()
-    found = [int(t.fields["obs.state"][0, 2]) for t in sink.trajectories]
-    assert found == [episode_seed(SEED, env, 3) % 10_000 for env in range(2)]
+    straight, _ = make_collector(policy, **settings)
+    straight.start()
+    advance(straight, 13)
+    env = make_env("reach", 3, 9)
+
+    def resume(state, next_seeds):
+        env._state[:] = state["state"].numpy()
+        env._start(1, next_seeds[1])
+        return env._obs(), torch.tensor([False, True, False])
+
+    env.resume = resume
+    resumed, found = make_collector(policy, env=env, **settings)
+    resumed.load_state_dict(straight.state_dict())
+    assert resumed.start() == 1 and resumed.dropped == 1
+    advance(resumed, 9)
+    seeds = [int(t.fields["obs.state"][0, 2]) for t in found.trajectories]
+    numbers = [(0, 1), (2, 1), (1, 2)]  # the first two end after five more steps
+    assert seeds == [episode_seed(SEED, env, n) % 10_000 for env, n in numbers]
+    assert all(t.length == 9 for t in found.trajectories)
+
+
+def test_another_number_of_environments_is_refused(make_collector, scripted, to_origin):
+    policy = scripted(to_origin)
+    state = make_collector(policy, num_envs=3)[0].state_dict()
+    with pytest.raises(ValueError, match=r"has 3 environments, env\.num_envs is 2"):
+        make_collector(policy, num_envs=2)[0].load_state_dict(state)
+
+
+def test_lost_environment_drops_its_episode(make_collector, make_env, scripted, to_origin):
+    """`restarted` ends the episode without a trace; the others do not notice."""
+    env = make_env("reach", 2, 5)
+    lost_at, steps, receive = 3, [], env.recv
+
+    def recv():
+        steps.append(None)
+        result = receive()
+        if len(steps) == lost_at:
+            env._start(1, collector._seeds(ahead=1)[1])
+            result.restarted[1] = True
+            result.reward[1] = 1e9  # means nothing
+            result.obs["state"][1] = torch.from_numpy(env._state[1])
+        return result
+
+    env.recv = recv
+    collector, sink = make_collector(scripted(to_origin), num_envs=2, env=env)
+    collector.start()
+    advance(collector, 8)
+    seeds = [int(t.fields["obs.state"][0, 2]) for t in sink.trajectories]
+    assert seeds == [episode_seed(SEED, e, n) % 10_000 for e, n in ((0, 0), (1, 1))]
+    assert collector.dropped == 1 and collector.env_steps == 16
+    stats = collector.pop_stats()
+    assert stats.lengths == [5, 5] and all(abs(r) < 10 for r in stats.returns)
