@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("paths", type=Path, nargs="+", help="run folders and .jsonl files")
     parser.add_argument("--out", type=Path, default=Path("learning_curve.png"), help="the picture")
     parser.add_argument("--metric", choices=METRICS, default=METRICS[0])
-    parser.add_argument("--interval", type=int, default=5_000, help="of the evaluations")
+    parser.add_argument("--interval", type=int, default=10_000, help="of the evaluations")
     parser.add_argument("--title", default="PickCube-v1, state, deterministic evaluation")
     args = parser.parse_args()
     missing = [str(p) for p in args.paths if not p.exists()]

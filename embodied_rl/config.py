@@ -188,7 +188,7 @@ class AlgorithmConfig:
 class RolloutConfig:
     """How experience is collected."""
 
-    steps: int = 8  # steps of every environment per iteration
+    steps: int = 16  # steps of every environment per iteration
     random_steps: int = 0  # first env steps with uniform random actions (from-scratch runs)
     max_trajectory_steps: int = 200  # longer episodes enter replay in pieces of this many decisions
     execute_steps: Optional[int] = None  # actions executed of each chunk; null: all
@@ -198,7 +198,7 @@ class RolloutConfig:
 class EvalConfig:
     """Evaluation on fixed seeds that training never sees."""
 
-    interval: int = 5_000  # env steps between evaluations; 0: only at the end
+    interval: int = 10_000  # env steps between evaluations; 0: only at the end
     episodes: int = 100
     num_envs: int = 4
     seed: int = 0  # first seed of the learning curve's episodes
@@ -212,7 +212,7 @@ class EvalConfig:
 class TrainConfig:
     """Length of a run and what it leaves behind."""
 
-    total_steps: int = 40_000  # environment steps
+    total_steps: int = 50_000  # environment steps
     stop_at: Optional[float] = None  # end early once an evaluation's metric reaches this
     checkpoint_interval: int = 2_500  # env steps between checkpoints
     keep_checkpoints: int = 2  # newest checkpoints kept besides the best
