@@ -50,6 +50,8 @@ def main(args: list[str]) -> int:
         )
     finally:
         env.close()
+    for warning in env.pop_warnings():
+        print(f"warning: {warning}")
     summary = {"policy": config.policy, "first_seed": config.eval.seed, **result.summary}
     (out / "scores.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(
