@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import h5py
-import numpy as np
-import torch
-
 from embodied_rl.backbones.state import OBS_KEY, StateBackbone
 from embodied_rl.errors import UserError
+from embodied_rl.formats.maniskill import REPLAY, STATE, read_maniskill
 from embodied_rl.policy import Policy, find_policy
 from embodied_rl.replay.reader import META, read_all
 from embodied_rl.types import Features, Obs, Trajectory
@@ -51,50 +48,13 @@ def read_demos(path: Path) -> list[Trajectory]:
 
 def _read_maniskill(path: Path) -> list[Trajectory]:
     """ManiSkill's recorded trajectories with state observations (replayed with `-o state`)."""
-    trajectories = []
-    try:
-        with h5py.File(path) as file:
-            names: list[str] = [str(n) for n in file]
-            for name in sorted(names, key=lambda n: int(n.rpartition("_")[2])):
-                group = file[name]
-                if not isinstance(group, h5py.Group):
-                    raise ValueError(f"{name} is no group")
-                obs = group["obs"]
-                if not isinstance(obs, h5py.Dataset):
-                    raise UserError(
-                        f"{path}: {name} has dictionary observations; replay it with flat ones: "
-                        "python -m mani_skill.trajectory.replay_trajectory --traj-path "
-                        f"{path} -o state --save-traj"
-                    )
-                trajectories.append(_trajectory(group, obs))
-    except (OSError, KeyError, ValueError) as error:
+    trajectories = list(read_maniskill(path).trajectories)
+    if trajectories and STATE not in trajectories[0].fields:
         raise UserError(
-            f"{path} is not a ManiSkill trajectory file with state observations and rewards "
-            f"({error}). Make one: python -m mani_skill.trajectory.replay_trajectory --traj-path "
-            f"{path} -o state --record-rewards True --save-traj"
-        ) from None
+            f"{path} has dictionary observations; replay it with flat ones: "
+            f"{REPLAY} {path} -o state --save-traj"
+        )
     return trajectories
-
-
-def _trajectory(group: h5py.Group, obs: h5py.Dataset) -> Trajectory:
-    def rows(name: str, dtype: type) -> torch.Tensor:
-        values = np.asarray(group[name], dtype)
-        return torch.from_numpy(np.concatenate([values, np.zeros_like(values[:1])]))
-
-    action = rows("actions", np.float32)
-    end = torch.zeros(len(action), dtype=torch.bool)
-    # whether the recording stopped at its time limit or at success, the task goes on from there
-    return Trajectory(
-        {
-            "obs.state": torch.from_numpy(np.asarray(obs, np.float32)),
-            "action": action[:, None],
-            "reward": rows("rewards", np.float32)[:, None],
-            "steps": torch.ones(len(action), dtype=torch.int64),
-            "terminated": end,
-            "truncated": end.clone(),
-            "success": rows("success", np.bool_),
-        }
-    )
 
 
 def check_demos(path: Path, trajectories: list[Trajectory], policy: Policy) -> None:

@@ -144,6 +144,34 @@ def test_reads_what_maniskill_records(tmp_path):
     np.testing.assert_allclose(gains, rewards, rtol=1e-6)
 
 
+def test_maniskill_loads_what_we_write(tmp_path):
+    """Its data set class and its merge tool, on a real demonstration folder."""
+    from mani_skill.trajectory.dataset import ManiSkillTrajectoryDataset
+    from mani_skill.trajectory.merge_trajectory import merge_trajectories
+
+    from embodied_rl.demonstrations import find_demos
+    from embodied_rl.replay.__main__ import main
+    from embodied_rl.replay.reader import read_all
+
+    folder = find_demos(None, "pickcube_state_bc")
+    assert folder is not None
+    ours, paths = read_all(folder), [tmp_path / "a.h5", tmp_path / "b.h5"]
+    for path in paths:
+        assert main(["export", str(folder), f"out={path}"]) == 0
+    loaded = ManiSkillTrajectoryDataset(str(paths[0]))
+    assert loaded.env_id == "PickCube-v1" and len(loaded) == sum(t.length for t in ours)
+    values = {"obs.state": loaded.obs, "success": loaded.success, "truncated": loaded.truncated}
+    for name, value in values.items():
+        wanted = torch.cat([t.fields[name][:-1] for t in ours]).numpy()
+        assert np.array_equal(value, wanted), name
+    wanted = torch.cat([t.fields["action"][:-1, 0] for t in ours]).numpy()
+    assert np.array_equal(loaded.actions, wanted)
+    wanted = torch.cat([t.fields["reward"][:-1, 0] for t in ours]).numpy()
+    assert np.array_equal(loaded.rewards, wanted)
+    merge_trajectories(str(tmp_path / "both.h5"), paths)
+    assert len(read_demos(tmp_path / "both.h5")) == 2 * len(ours)
+
+
 def test_other_h5_is_refused(tmp_path):
     import h5py
 

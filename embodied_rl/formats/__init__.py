@@ -1,0 +1,1 @@
+"""Other people's trajectory formats, read and written."""
