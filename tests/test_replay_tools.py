@@ -260,12 +260,14 @@ def test_lerobot_and_back(make_store, tmp_path):
 
 
 def test_the_task_comes_from_the_run(make_store, make_config, tmp_path):
+    pytest.importorskip("pyarrow")
     from embodied_rl.load_config import save_config
 
     make_store("run/replay", [2], meta={"fingerprint": "x"})
     run, out = tmp_path / "run", tmp_path / "t.h5"
     with pytest.raises(UserError, match="does not say which task.*env.task="):
         main(["export", str(run), f"out={out}"])
+    assert main(["export", str(run), f"out={tmp_path / 'd'}", "task=reach the middle"]) == 0
     save_config(make_config("env.task=reach", "env.reward_mode=dense"), run / "config.yaml")
     main(["export", str(run), f"out={out}", "env.control_mode=pd_joint_pos"])
     info = json.loads(out.with_suffix(".json").read_text())["env_info"]

@@ -110,19 +110,20 @@ def _export(options: ExportOptions, given: set[str]) -> int:
     folder = find_store(path)
     kind = options.format or ("maniskill" if out.suffix == ".h5" else "lerobot")
     selection = select([folder], successful=options.successful, newest=options.newest)
-    env = _env(options, given, path, selection.meta)
     recording = Recording(selection, _shared(selection.meta))
     if kind == "maniskill":
         from embodied_rl.formats.maniskill import write_maniskill
 
+        env = _env(options, given, path, selection.meta)
         count = write_maniskill(_new_file(options), recording, env)
     else:
         from embodied_rl.formats.lerobot import arrow
         from embodied_rl.formats.lerobot_writer import write_lerobot
 
         arrow()  # before anything is deleted
+        task = options.task or _env(options, given, path, selection.meta).task
         out = _new_folder(options, [folder])
-        count = write_lerobot(out, recording, options.task or env.task, options.fps)
+        count = write_lerobot(out, recording, task, options.fps)
     return _report(f"{count} trajectories: {out}", selection.problems)
 
 
