@@ -165,13 +165,14 @@ class StoreReader:
     def verify(self) -> list[str]:
         """Reads everything; returns one line for each damaged trajectory or segment."""
         found = list(self.problems)
-        for segment in self.segments:
-            if self._gone(segment) or not (self.folder / segment.file).exists():
-                continue
+        for position, segment in enumerate(self.segments):
+            known = not np.any(self._segment.values[self.lengths > 0] == position)
+            if known or self._gone(segment):
+                continue  # none of its trajectories is left, and the problems say so
             try:
                 file = SegmentFile(self.folder / segment.file)
-            except DamagedError as error:
-                found.append(f"{segment.file}: {error}.")
+            except (DamagedError, FileNotFoundError) as error:
+                found.append(f"{segment.file} is damaged: {error}.")
                 continue
             for k in range(len(segment.lengths)):
                 number = segment.first + k
