@@ -222,7 +222,10 @@ def test_resume_after_damage_to_the_newest_checkpoint_and_to_replay(call, finish
     victim.write_bytes(victim.read_bytes()[:100])
     done = call("train", "resume=run")
     assert done.returncode == 0, done.stderr
-    assert f"{victim.name} is corrupt" in done.stdout
+    told = [line for line in done.stdout.splitlines() if line.startswith("warning: replay: ")]
+    assert told and all(victim.name in line for line in told)
+    assert "warning: step_000000320 is damaged and was not used: state.json" in done.stdout
+    assert (run / "checkpoints" / "damaged_step_000000320").is_dir()
     assert json.loads((run / "results.json").read_text())["env_steps"] == 320
     check_records(run, 320)
 
