@@ -99,6 +99,12 @@ class Checkpoints:
         self._prune()
         return final
 
+    @property
+    def empty(self) -> bool:
+        """Whether no checkpoint was ever finished here, damaged ones included."""
+        kinds = ("step_*", f"{SET_ASIDE}*")
+        return not any(path for kind in kinds for path in self.folder.glob(kind))
+
     def restore(self) -> int:
         """Loads the newest undamaged checkpoint into all parts; returns its step.
 

@@ -66,11 +66,10 @@ class Logger:
 
     def open(self, step: int) -> None:
         """Starts recording after `step`; what a checkpoint does not know of is dropped."""
-        purge = None
-        if self._length is not None:
-            purge = step + 1
-            if self._path.exists() and self._path.stat().st_size > self._length:
-                os.truncate(self._path, self._length)
+        length = self._length or 0
+        if self._path.exists() and self._path.stat().st_size > length:
+            os.truncate(self._path, length)
+        purge = 0 if self._length is None else step + 1
         self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=purge)
         self._bar = tqdm(
             total=self._total,

@@ -101,19 +101,22 @@ class Trainer:
         Raises:
             RunStopped: broken numbers, or simulators that keep dying; names the last checkpoint.
         """
-        if resume:
+        begun = resume and not self.checkpoints.empty
+        if begun:
             self.checkpoints.restore()
             if self.checkpoints.best is None:  # damaged: the next evaluation is the best one again
                 self.progress.best_score = None
         self.logger.open(self.step)
         self._opened = time.monotonic() - self.progress.seconds
+        if resume and not begun:
+            self.logger.say("the run ended before its first checkpoint: it begins anew")
         for problem in [
             *self.checkpoints.problems,
             *(f"replay: {p}" for p in self.replay.problems),
         ]:
             self.logger.say(f"warning: {problem}")
         try:
-            if not resume:
+            if not begun:
                 self._evaluate(video=self.run_dir / "videos" / "first.mp4")
                 self._save()
             self._train()

@@ -211,6 +211,18 @@ def test_sigkill_then_resume_completes(call, tmp_path):
     check_records(run, total)
 
 
+def test_killed_before_the_first_checkpoint(call, finished, tmp_path):
+    """The first evaluation takes a while: a run that died in it begins anew, and says so."""
+    run = tmp_path / "run"
+    (run / "checkpoints" / ".step_000000000.tmp").mkdir(parents=True)
+    (run / "config.yaml").write_bytes((finished[0] / "config.yaml").read_bytes())
+    (run / "metrics.jsonl").write_text('{"step": 0, "eval/return": 1.0}\n{"step": 64, "trai')
+    done = call("train", "resume=run")
+    assert done.returncode == 0, done.stderr
+    assert "the run ended before its first checkpoint: it begins anew" in done.stdout
+    check_records(run, 320)
+
+
 def test_resume_after_damage_to_the_newest_checkpoint_and_to_replay(call, finished, tmp_path):
     """The previous checkpoint and the readable part of the replay take over."""
     import shutil
