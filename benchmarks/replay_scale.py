@@ -37,6 +37,17 @@ def disk(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.iterdir())
 
 
+def sampler(kind: str, store: StoreReader, settings: ReplayBufferConfig) -> TrajectoryReplay:
+    key = "state" if kind == "state" else "rgb"
+    return TrajectoryReplay(
+        store,
+        AlgorithmConfig(replay_buffer=settings),
+        lambda obs: Features(obs[key], torch.zeros(1, 1, 1)),
+        torch.device("cpu"),
+        seed=0,
+    )
+
+
 def large(kind: str, size: int, folder: Path) -> None:
     """Writes, reopens, samples, verifies."""
     store = Ours(kind, size, folder, cache=0.01)
@@ -55,14 +66,7 @@ def large(kind: str, size: int, folder: Path) -> None:
     settings = ReplayBufferConfig(
         enable_cache=False, sample_window_size=size, min_buffer_size=1, prefetch=2
     )
-    key = "state" if kind == "state" else "rgb"
-    replay = TrajectoryReplay(
-        reader,
-        AlgorithmConfig(replay_buffer=settings),
-        lambda obs: Features(obs[key], torch.zeros(1, 1, 1)),
-        torch.device("cpu"),
-        seed=0,
-    )
+    replay = sampler(kind, reader, settings)
     for what in ("first 20 batches of 256 (checksums included)", "20 more"):
         started = time.perf_counter()
         for _ in range(20):
@@ -85,22 +89,15 @@ def budgeted(kind: str, size: int, folder: Path) -> None:
         cache_size=size // EPISODE // 2, sample_window_size=size, min_buffer_size=1
     )
     store = TrajectoryStore(folder / "store", 64, {}, max_bytes=budget)
-    key = "state" if kind == "state" else "rgb"
-    replay = TrajectoryReplay(
-        store,
-        AlgorithmConfig(replay_buffer=settings),
-        lambda obs: Features(obs[key], torch.zeros(1, 1, 1)),
-        torch.device("cpu"),
-        seed=0,
-    )
     adder = Ours.__new__(Ours)
-    adder.replay, adder.store, adder.key = replay, store, key
+    adder.key = "state" if kind == "state" else "rgb"
+    adder.store, adder.replay = store, sampler(kind, store, settings)
     total = ADDS * size // EPISODE
     print(f"  budget {budget / 2**20:.0f} MiB; transitions added, memory, disk:")
     for number in range(total):
         adder.add(episode(kind, number % 100))
         if number % 20 == 0:
-            replay.sample(64)
+            adder.sample(64)
         if (number + 1) % (total // 10) == 0:
             gc.collect()
             print(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 import embodied_rl
 from embodied_rl.errors import UserError
 from embodied_rl.interfaces import Stateful
-from embodied_rl.manifest import Damaged, verify_manifest, write_manifest
+from embodied_rl.manifest import Damaged, sync, verify_manifest, write_manifest
 from embodied_rl.policy import Policy
 
 FORMAT = "embodied_rl.checkpoint"
@@ -89,7 +88,7 @@ class Checkpoints:
             self._link(LAST, final)
             if best:
                 self._link(BEST, final)
-            _fsync(self.folder)  # the rename must be on disk before anything older is deleted
+            sync(self.folder)  # the rename must be on disk before anything older is deleted
         except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own
             shutil.rmtree(temporary, ignore_errors=True)
             raise UserError(
@@ -234,12 +233,4 @@ def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 def _fsync_tree(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -12,6 +13,15 @@ FORMAT = "embodied_rl.manifest"
 
 class Damaged(ValueError):  # noqa: N818 - a finding about a folder, which the caller acts on
     """A folder is not what its manifest says; the message names the file and the difference."""
+
+
+def sync(path: Path) -> None:
+    """Puts a file, or the names in a folder (renames into it), on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def describe(path: Path) -> dict[str, int]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embodied_rl.replay.segment import sync_folder
+from embodied_rl.manifest import sync
 
 INDEX = "index.jsonl"
 
@@ -101,7 +101,7 @@ def write_index(folder: Path, index: Index) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(folder / INDEX)
-    sync_folder(folder)
+    sync(folder)
 
 
 def segment_event(listed: Listed) -> dict[str, Any]:

@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from embodied_rl.manifest import sync
 from embodied_rl.replay.codec import Compressor, decompress
 from embodied_rl.types import Trajectory
 
@@ -108,17 +109,8 @@ def write_segment(
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
     return segment
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class SegmentFile:
