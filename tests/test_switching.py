@@ -61,7 +61,9 @@ def test_target_network_in_memory_and_in_the_checkpoint(make_trainer, head):
     """Two critics of three matrices; `default` keeps a second set, `crossq` none."""
     trainer = make_trainer(head)
     matrices = [m for m in trainer.sac.q_head.modules() if isinstance(m, torch.nn.Linear)]
+    trainer.logger.open(0)
     folder = trainer.checkpoints.save(0, trainer.averaged, best=True)
+    trainer.logger.close()
     saved = load_file(folder / "state.safetensors")
     names = [n for n, t in saved.items() if "/sac/q_head/" in n and t.ndim == 2]
     expected = 2 * 3 * (2 if head == "default" else 1)
