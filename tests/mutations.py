@@ -152,15 +152,15 @@ MUTATIONS = (
     ),
     Mutation(
         "bootstrap-over-terminations",
-        "replay/buffer.py",
-        "discount = discount * ~terminated",
-        "discount = discount * (terminated | True)",
+        "replay/returns.py",
+        "discount = discount * ~(used & rows",
+        "discount = discount * (used | rows",
     ),
     Mutation(
         "n-step-discount",  # the k-th reward is not discounted by what came before it
-        "replay/buffer.py",
-        "config.gamma**steps * gain",
-        "config.gamma * gain",
+        "replay/returns.py",
+        "gamma**before * chunk",
+        "gamma * chunk",
     ),
 )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,33 +13,15 @@ from torch import Tensor
 from embodied_rl.config import AlgorithmConfig
 from embodied_rl.errors import ReplayNotReady
 from embodied_rl.interfaces import ReplayBuffer
-from embodied_rl.replay.cache import NOT_HELD, TrajectoryCache
+from embodied_rl.replay.cache import TrajectoryCache
+from embodied_rl.replay.gather import BASE, VECTOR, Draw, TransitionReader
 from embodied_rl.replay.prefetch import Prefetcher
 from embodied_rl.replay.reader import LostError, StoreReader
 from embodied_rl.replay.store import TrajectoryStore
 from embodied_rl.replay.window import Window
 from embodied_rl.types import Batch, Features, Obs, Trajectory
 
-VECTOR, BASE = "features.vector", "features.base_action"
-RETURNS = ("reward", "steps", "terminated")
 CHECKPOINTS = 2  # the newest ones, whose evicted trajectories stay on disk
-
-
-@dataclass
-class Draw:
-    """Which transitions a batch is made of, all int64 [B].
-
-    Attributes:
-        number: trajectory.
-        offset: decision in it.
-        left: decisions from there to its end.
-        start: first row of the trajectory in the cache, -1 where it is on disk only.
-    """
-
-    number: np.ndarray
-    offset: np.ndarray
-    left: np.ndarray
-    start: np.ndarray
 
 
 class TrajectoryReplay(ReplayBuffer):
@@ -70,7 +51,6 @@ class TrajectoryReplay(ReplayBuffer):
         self.minimum, self.is_demo = settings.min_buffer_size, is_demo
         self._encode = encode
         self._rng = np.random.default_rng(seed)
-        self._cache: TrajectoryCache | None = None
         self._window = Window(settings.sample_window_size)
         self._ahead: deque[Mapping[str, Any]] = deque()  # generator states before prefetched draws
         self._prefetch = Prefetcher[dict[str, Tensor]](settings.prefetch)
@@ -103,8 +83,7 @@ class TrajectoryReplay(ReplayBuffer):
             self._writable().append(trajectory)
             self._window.first = self.store.first
         self._window.append(trajectory.length)
-        if self._cache is not None:
-            self._cache.admit(number, _sampled_fields(trajectory.fields))
+        self._reader.admit(number, trajectory.fields)
 
     def sample(self, n: int) -> Batch:
         """Returns exactly n transitions, with replacement, from this buffer's own generator.
@@ -116,7 +95,7 @@ class TrajectoryReplay(ReplayBuffer):
         while True:
             try:
                 if self._prefetch.depth == 0:
-                    rows = self._gather(self._draw(n))
+                    rows = self._reader.gather(self._draw(n))
                 else:
                     rows = self._prefetch.take(lambda: self._plan(n))
                     self._ahead.popleft()
@@ -138,7 +117,7 @@ class TrajectoryReplay(ReplayBuffer):
         """Draws now, in the order of calls, what the prefetching thread will read."""
         self._ahead.append(self._rng.bit_generator.state)
         draw = self._draw(n)
-        return lambda: self._gather(draw)
+        return lambda: self._reader.gather(draw)
 
     def _forget_ahead(self, *, rewind: bool) -> None:
         """Drops prefetched batches; `rewind` sets the generator back to before they were drawn."""
@@ -148,57 +127,7 @@ class TrajectoryReplay(ReplayBuffer):
         self._prefetch.drop()
 
     def _draw(self, n: int) -> Draw:
-        number, offset, left = self._window.draw(self._rng, n)
-        if self._cache is None:
-            return Draw(number, offset, left, np.full(n, NOT_HELD))
-        return Draw(number, offset, left, self._cache.starts(number))
-
-    def _gather(self, draw: Draw) -> dict[str, Tensor]:
-        """Reads a batch's rows: fields of the transitions, their returns, and `next.<field>`."""
-        config, n = self.config, len(draw.number)
-        here = self._read(draw, draw.offset, self._names)
-        reward = _discounted(here.pop("reward"), config.gamma)
-        steps = here.pop("steps").to(torch.float32)
-        terminated = here.pop("terminated")
-        used = np.ones(n, np.int64)
-        for k in range(1, config.n_step):
-            more = (draw.left > k) & ~terminated.cpu().numpy()
-            if not more.any():
-                break
-            mask = torch.from_numpy(more).to(reward.device)
-            following = self._read(draw, draw.offset + np.where(more, k, 0), RETURNS)
-            gain = _discounted(following["reward"], config.gamma)
-            reward = reward + torch.where(mask, config.gamma**steps * gain, 0.0)
-            steps = steps + torch.where(mask, following["steps"].to(torch.float32), 0.0)
-            terminated = terminated | (mask & following["terminated"])
-            used += more
-        discount = config.gamma**steps
-        if config.bootstrap_type == "standard":
-            discount = discount * ~terminated
-        after = self._read(draw, draw.offset + used, self._observation_names)
-        here |= {f"next.{name}": value for name, value in after.items()}
-        return here | {"reward": reward, "discount": discount}
-
-    def _read(self, draw: Draw, offset: np.ndarray, names: Any) -> dict[str, Tensor]:
-        """Returns fields at the given offsets, [B, ...], from the cache where they are held."""
-        held = draw.start >= 0
-        if self._cache is not None and held.all():
-            index = torch.from_numpy(draw.start + offset).to(self._cache.device)
-            return {name: self._cache.fields[name].index_select(0, index) for name in names}
-        assert self.store is not None
-        if not held.any():
-            return self.store.gather(draw.number, offset, names)
-        assert self._cache is not None
-        miss, at = torch.from_numpy(np.flatnonzero(~held)), torch.from_numpy(np.flatnonzero(held))
-        missed = self.store.gather(draw.number[~held], offset[~held], names)
-        index = torch.from_numpy((draw.start + offset)[held]).to(self._cache.device)
-        out = {}
-        for name in names:
-            rows = self._cache.fields[name].index_select(0, index)
-            out[name] = rows.new_empty((len(draw.number), *rows.shape[1:]))
-            out[name][at] = rows
-            out[name][miss] = missed[name].to(rows.device)
-        return out
+        return self._reader.locate(*self._window.draw(self._rng, n))
 
     def _batch(self, rows: dict[str, Tensor]) -> Batch:
         """Moves rows to the learner's device and encodes what is not encoded yet."""
@@ -224,21 +153,6 @@ class TrajectoryReplay(ReplayBuffer):
         obs = {k: v for k, v in fields.items() if k.startswith("obs.")}
         return self._encode({k.removeprefix("obs."): v for k, v in obs.items()})
 
-    @property
-    def _names(self) -> list[str]:
-        return ["action", *RETURNS, *self._observation_names]
-
-    @property
-    def _observation_names(self) -> list[str]:
-        if self._cache is not None and self._cache.fields:
-            known = self._cache.fields
-        else:
-            assert self.store is not None
-            known = self.store.field_names
-        if VECTOR in known:
-            return [VECTOR, BASE]
-        return [name for name in known if name.startswith("obs.")]
-
     def _writable(self) -> TrajectoryStore:
         if not isinstance(self.store, TrajectoryStore):
             raise TypeError("this buffer samples from a store that it may not write to")
@@ -248,38 +162,17 @@ class TrajectoryReplay(ReplayBuffer):
         """Counts what the store holds and brings its newest trajectories into memory."""
         settings = self.config.replay_buffer
         self._window = Window(settings.sample_window_size)
+        cache = None
         if settings.enable_cache or self.store is None:
             where = torch.device("cpu") if settings.cache_device == "cpu" else self.device
-            self._cache = TrajectoryCache(settings.cache_size, where, settings.cache_bytes)
+            cache = TrajectoryCache(settings.cache_size, where, settings.cache_bytes)
+        self._reader = TransitionReader(self.store, cache, self.config)
         if self.store is None:
             return
-        if self._cache is not None:
-            for number in self._newest(self.store):
-                try:
-                    rows = np.arange(self.store.length(number) + 1)
-                    names = _sampled_fields(dict.fromkeys(self.store.field_names))
-                    numbers = np.full(len(rows), number)
-                    self._cache.admit(number, self.store.gather(numbers, rows, list(names)))
-                except LostError:
-                    continue  # it is among the problems now
+        self._reader.fill()
         for length in self.store.lengths.tolist():
             self._window.append(length)
         self._window.first = self.store.first
-
-    def _newest(self, store: StoreReader) -> list[int]:
-        """Trajectories that the cache will hold, oldest first."""
-        settings, chosen, used = self.config.replay_buffer, [], 0
-        bound = settings.cache_bytes
-        for number in range(len(store) - 1, store.first - 1, -1):
-            if len(chosen) == min(settings.cache_size, settings.sample_window_size):
-                break
-            if store.length(number):
-                names = list(_sampled_fields(dict.fromkeys(store.field_names)))
-                used += store.row_bytes(number, names) * (store.length(number) + 1)
-                if bound is not None and used > bound:
-                    break
-                chosen.append(number)
-        return chosen[::-1]
 
     def state_dict(self) -> dict[str, Any]:
         """The generator, and which trajectories there are by now."""
@@ -308,17 +201,3 @@ class TrajectoryReplay(ReplayBuffer):
         self._forget_ahead(rewind=True)
         if self.store is not None:
             self.store.close()
-
-
-def _sampled_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Those fields that sampling reads: observations only where there are no features."""
-    observed = (VECTOR, BASE) if VECTOR in fields else [k for k in fields if k.startswith("obs.")]
-    return {name: fields[name] for name in ("action", *RETURNS, *observed)}
-
-
-def _discounted(rewards: Tensor, gamma: float) -> Tensor:
-    """Sum of gamma^i r_i over the steps of each chunk: [B, h] to [B]."""
-    if rewards.shape[1] == 1:
-        return rewards[:, 0]
-    powers = gamma ** torch.arange(rewards.shape[1], device=rewards.device, dtype=rewards.dtype)
-    return rewards @ powers

@@ -51,7 +51,8 @@ class Window:
             Trajectory numbers, offsets, and decisions from each offset to its trajectory's end,
             int64 [n] each.
         """
-        totals = self._totals.values[self.low :]
-        position = totals[0] + rng.integers(self.transitions, size=n)
-        which = np.searchsorted(totals, position, side="right") - 1
-        return which + self.low, position - totals[which], totals[which + 1] - position
+        low = self.low
+        totals = self._totals.values[low:]
+        position = rng.integers(totals[0], totals[-1], size=n)
+        which = totals.searchsorted(position, side="right") - 1
+        return which + low, position - totals[which], totals[which + 1] - position
