@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def build_policy(config: Config, spec: EnvSpec, device: torch.device) -> Policy:
         backbone = BACKBONES.get(backbone_type).for_env(spec)
         actor, actor_type = None, None
     else:
-        loaded = Policy.from_pretrained(config.policy.path)
+        loaded = Policy.from_pretrained(config.policy.path, config.policy)
         backbone, backbone_type = loaded.backbone, loaded.backbone_type
         actor, actor_type = loaded.actor, loaded.actor_type
     backbone.check_env(spec)
@@ -94,8 +95,9 @@ def build_policy(config: Config, spec: EnvSpec, device: torch.device) -> Policy:
 
 def build_q_head(config: Config, policy: Policy, device: torch.device) -> QHead:
     """Builds the critics that `algorithm.q_head_type` names."""
-    backbone = policy.backbone
-    size = backbone.chunk_size * backbone.action_dim
+    if policy.actor is None:
+        raise ValueError("the policy has no actor whose actions a critic could judge")
+    backbone, size = policy.backbone, math.prod(policy.actor.action_shape)
     head = Q_HEADS.get(config.algorithm.q_head_type)
     return head(backbone.feature_dim, size, config.critic, config.algorithm).to(device)
 
@@ -104,10 +106,10 @@ def build_sac(config: Config, policy: Policy, q_head: QHead, device: torch.devic
     """Builds the learner around a policy's actor."""
     if policy.actor is None:
         raise ValueError("the policy has no actor to train")
-    tuning, backbone = config.algorithm.entropy_tuning, policy.backbone
+    tuning = config.algorithm.entropy_tuning
     target = tuning.target_entropy
     if target is None:
-        target = -float(backbone.chunk_size * backbone.action_dim)
+        target = policy.actor.target_entropy
     temperature = Temperature(tuning.alpha_type, tuning.initial_alpha, target, tuning.objective).to(
         device
     )

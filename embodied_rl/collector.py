@@ -113,25 +113,28 @@ class Collector:
         if deciding:
             obs = {k: v[deciding].to(self.device) for k, v in self._obs.items()}
             features = self.policy.encode(obs)
-            chunks = self._explore(features).cpu()
-            self._check("in the policy's actions", {"action": chunks})
+            chosen = self._explore(features)
+            chunks = self.policy.decode(features, chosen).cpu()
+            chosen = chosen.cpu()
+            self._check("in the policy's actions", {"action": chosen, "executed": chunks})
             for j, i in enumerate(deciding):
-                self._decide(i, self._observation(obs, features, j), chunks[j])
+                self._decide(i, self._observation(obs, features, j), chosen[j], chunks[j])
         actions = torch.stack([e.next_action() for e in self._episodes])
         self.env.send(actions, self._seeds(ahead=1))
 
     def _explore(self, features: Features) -> Tensor:
-        if self.env_steps < self.config.random_steps:
-            return torch.rand_like(features.base_action) * 2 - 1
         actor = self.policy.actor
+        if self.env_steps < self.config.random_steps:
+            like = features.base_action if actor is None else actor.anchor(features)
+            return torch.rand_like(like) * 2 - 1
         if actor is None:
             return features.base_action
         return actor.explore(features, self.env_steps).action
 
-    def _decide(self, i: int, row: Row, chunk: Tensor) -> None:
+    def _decide(self, i: int, row: Row, action: Tensor, chunk: Tensor) -> None:
         if self._episodes[i].rows >= self.config.max_trajectory_steps:
             self._store(self._episodes[i].close(row))
-        self._episodes[i].decide(row, chunk, self.execute)
+        self._episodes[i].decide(row, action, chunk[: self.execute])
 
     def end(self) -> None:
         """Waits for the step and books it; finished episodes go to replay."""
@@ -168,7 +171,7 @@ class Collector:
     def _observation(self, obs: Obs, features: Features, j: int) -> Row:
         row = {f"obs.{k}": v[j].cpu() for k, v in obs.items()}
         if self.store_features:
-            row |= {f"features.{k}": v[j].cpu() for k, v in vars(features).items()}
+            row |= {k: v[j].cpu() for k, v in features.tensors().items()}
         return row
 
     def _store(self, trajectory: Trajectory) -> None:

@@ -38,6 +38,10 @@ class PolicyConfig:
     path: Optional[str] = "pickcube_state_bc"
     backbone: str = "state"  # backbone built when path is null
     cache_features: bool = True  # store features in replay; false: encode each sampled batch
+    # the next three are for folders of other projects (LeRobot, transformers); our own say it all
+    cameras: dict[str, str] = field(default_factory=dict)  # policy's camera: observation key
+    tokenizer: Optional[str] = None  # folder or tokenizer.json; null: in the policy's folder
+    dtype: str = "float32"  # float32 | bfloat16 | float16: precision of the backbone
 
 
 @dataclass

@@ -83,11 +83,4 @@ def with_features(trajectory: Trajectory, encode: Callable[[Obs], Features]) -> 
     """Adds the backbone's features of every observation."""
     fields = dict(trajectory.fields)
     obs = {k.removeprefix("obs."): v for k, v in fields.items() if k.startswith("obs.")}
-    features = encode(obs)
-    return Trajectory(
-        {
-            **fields,
-            "features.vector": features.vector.cpu(),
-            "features.base_action": features.base_action.cpu(),
-        }
-    )
+    return Trajectory(fields | {k: v.cpu() for k, v in encode(obs).tensors().items()})

@@ -148,8 +148,9 @@ class Diagnostics:
         return q, torch.tensor(out[::-1])
 
     def _features(self, fields: dict[str, Tensor]) -> Features:
-        if "features.vector" in fields:
-            return Features(fields["features.vector"], fields["features.base_action"])
+        stored = Features.from_fields(fields)
+        if stored is not None:
+            return stored
         obs = {k.removeprefix("obs."): v for k, v in fields.items() if k.startswith("obs.")}
         return self._encode(obs)
 

@@ -39,10 +39,10 @@ class Episode:
         """Finished decisions of the present piece."""
         return len(self._rows)
 
-    def decide(self, row: Row, chunk: Tensor, execute: int) -> None:
-        """Begins a decision: what was observed, and the chunk [H, A] of which `execute` run."""
-        self._decision = {**row, "action": chunk}
-        self._plan = list(chunk[:execute])
+    def decide(self, row: Row, action: Tensor, plan: Tensor) -> None:
+        """Begins a decision: what was observed and chosen, and the actions [h, A] to execute."""
+        self._decision = {**row, "action": action}
+        self._plan = list(plan)
         self._rewards = []
 
     def next_action(self) -> Tensor:

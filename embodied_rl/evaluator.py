@@ -64,6 +64,7 @@ class Evaluator:
         episode = list(range(n))  # the episode that each environment is in
         numbers = [itertools.count(e + n, n) for e in episode]  # those still to come
         following = [next(more) for more in numbers]
+        generator = torch.Generator(self.device).manual_seed(first_seed)
         obs = self.env.reset([first_seed + e for e in episode])
         plans: list[list[torch.Tensor]] = [[] for _ in range(n)]
         totals, onces, lengths = [0.0] * n, [False] * n, [0] * n
@@ -72,7 +73,7 @@ class Evaluator:
             deciding = [i for i in range(n) if not plans[i]]
             if deciding:
                 part = {k: v[deciding].to(self.device) for k, v in obs.items()}
-                actions = policy.act(part, deterministic=deterministic).cpu()
+                actions = policy.act(part, deterministic=deterministic, generator=generator).cpu()
                 for j, i in enumerate(deciding):
                     plans[i] = list(actions[j, : policy.execute_steps])
             if video is not None and episode[0] < min(video_episodes * n, self.episodes):

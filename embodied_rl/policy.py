@@ -11,10 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from embodied_rl.config import PolicyConfig
 from embodied_rl.errors import UserError
 from embodied_rl.interfaces import ActorAdapter, Backbone
 from embodied_rl.manifest import Damaged, check_file, describe
-from embodied_rl.registry import ACTORS, BACKBONES
+from embodied_rl.registry import ACTORS, BACKBONES, LAYOUTS
 from embodied_rl.types import Features, Obs
 
 FORMAT, VERSION = "embodied_rl.policy", 1
@@ -55,22 +56,44 @@ class Policy(nn.Module):
         return Policy(self.backbone, self.backbone_type, actor, kind, self.env, self.execute_steps)
 
     @torch.no_grad()
-    def act(self, obs: Obs, *, deterministic: bool = True) -> Tensor:
-        """Returns action chunks [B, H, A] in [-1, 1] for observations [B, ...]."""
-        return self.act_on(self.encode(obs), deterministic=deterministic)
+    def act(
+        self,
+        obs: Obs,
+        *,
+        deterministic: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Returns action chunks [B, H, A] in [-1, 1] for observations [B, ...].
 
-    @torch.no_grad()
-    def encode(self, obs: Obs) -> Features:
-        """Returns the backbone's features."""
-        self.eval()
-        return self.backbone(obs)
-
-    @torch.no_grad()
-    def act_on(self, features: Features, *, deterministic: bool = True) -> Tensor:
-        """Returns action chunks [B, H, A] for features."""
+        Args:
+            obs: observations.
+            deterministic: take the actor's mode.
+            generator: draws the noise of a backbone that samples, the actor's mode given or not;
+                None: torch's default one.
+        """
+        features = self.encode(obs, generator)
         if self.actor is None:
             return features.base_action
-        return self.actor.mode(features) if deterministic else self.actor(features).action
+        action = self.actor.mode(features) if deterministic else self.actor(features).action
+        return self.decode(features, action)
+
+    @torch.no_grad()
+    def encode(self, obs: Obs, generator: torch.Generator | None = None) -> Features:
+        """Returns the backbone's features."""
+        self.eval()
+        samples = 1 if self.actor is None else self.actor.base_samples
+        return self.backbone(obs, samples, generator)
+
+    @torch.no_grad()
+    def decode(self, features: Features, action: Tensor) -> Tensor:
+        """Returns the chunks [B, H, A] that the environment executes for the actor's actions."""
+        if self.actor is None:
+            return action
+        return self.actor.decode(self.backbone, features, action)
+
+    def _trained(self) -> nn.Module:
+        """What a folder must hold where the backbone's weights stay in their own folder."""
+        return nn.ModuleDict({} if self.actor is None else {"actor": self.actor})
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors."""
@@ -87,20 +110,34 @@ class Policy(nn.Module):
             "env": self.env,
             "execute_steps": self.execute_steps,
         }
-        weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        part = self if self.backbone.source is None else self._trained()
+        weights = {k: v.detach().cpu().contiguous() for k, v in part.state_dict().items()}
         save_file(weights, folder / WEIGHTS)
         config["weights"] = describe(folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> Policy:
+    def _from_other(cls, folder: Path, config: dict[str, Any], options: PolicyConfig) -> Policy:
+        kind = _layout(folder, config)
+        backbone = BACKBONES.get(kind).from_folder(folder, options)
+        backbone.source = str(folder.resolve())
+        return cls(backbone, kind)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, options: PolicyConfig | None = None) -> Policy:
         """Loads a policy folder, a checkpoint or run folder, or a shipped policy by name.
+
+        Args:
+            path: one of those; or a folder in another project's layout, which a backbone reads.
+            options: what such a folder does not say itself (cameras, tokenizer, precision).
 
         Raises:
             UserError: the folder, its config or its weights are missing, damaged or do not agree.
         """
         folder = find_policy(path)
         config = _read_config(folder)
+        if config.get("format") != FORMAT:
+            return cls._from_other(folder, config, options or PolicyConfig())
         try:
             backbone_args = dict(config["backbone"])
             backbone_type = backbone_args.pop("type")
@@ -120,10 +157,26 @@ class Policy(nn.Module):
             ) from None
         weights = _read_weights(folder, config)
         try:
-            policy.load_state_dict(weights)
+            part = policy if backbone.source is None else policy._trained()
+            part.load_state_dict(weights)
         except RuntimeError as error:
             raise UserError(f"{folder}: weights and config.json do not agree. {error}") from None
         return policy
+
+
+def _layout(folder: Path, config: dict[str, Any]) -> str:
+    """Name of the backbone that reads another project's folder.
+
+    Raises:
+        UserError: none does.
+    """
+    found = config.get("type", config.get("model_type"))  # LeRobot's, transformers'
+    if found in LAYOUTS:
+        return LAYOUTS[found]
+    raise UserError(
+        f"{folder / CONFIG} is not an {FORMAT} config, and its type {found!r} is of no known "
+        f"layout. Known: {', '.join(sorted(LAYOUTS))}."
+    )
 
 
 def find_policy(path: str | Path) -> Path:
@@ -150,9 +203,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {folder / CONFIG}: {error}") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise UserError(f"{folder / CONFIG} is not an {FORMAT} config: its 'format' differs.")
-    if config.get("version") != VERSION:
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / CONFIG} is not an {FORMAT} config: it is no object.")
+    if config.get("format") == FORMAT and config.get("version") != VERSION:
         raise UserError(
             f"{folder / CONFIG} has version {config.get('version')!r}, this embodied_rl reads "
             f"{VERSION}. Upgrade embodied_rl."

@@ -58,6 +58,8 @@ BACKBONES = Registry(
     "policy type",
     {"state": "embodied_rl.backbones.state:StateBackbone"},
 )
+# `type` or `model_type` in the config.json of another project's policy folder -> backbone
+LAYOUTS: dict[str, str] = {"pi0": "pi0"}
 ACTORS = Registry(
     "actor adapter",
     "actor.type",

@@ -137,7 +137,8 @@ class SAC:
         The anchor is the pretrained action, in demonstrations the demonstrated one. With the
         Q-filter (Nair et al. 2018, section 4) a row keeps it only where it scores higher.
         """
-        anchor = torch.where(batch.is_demo[:, None, None], batch.action, batch.features.base_action)
+        base = self.actor.anchor(batch.features)
+        anchor = torch.where(batch.is_demo[:, None, None], batch.action, base)
         distance = (mode - anchor).square().flatten(1).sum(-1)
         if not self.config.anchor.q_filter:
             return distance, torch.ones_like(distance)

@@ -6,13 +6,15 @@ N parallel environments, T decisions in a trajectory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Obs = dict[str, Tensor]
+PREFIX = "features."  # of stored features among a trajectory's fields
 
 
 @dataclass
@@ -22,14 +24,36 @@ class Features:
     Attributes:
         vector: [B, D] features that actor and critic read.
         base_action: [B, H, A] the pretrained policy's own action chunk, in [-1, 1].
+        candidates: [B, N, H, A] further independent chunks of a policy that samples; None: none.
+        context: what a flow backbone keeps of the observation to turn noise into chunks. There only
+            while acting: it is large, and never stored.
     """
 
     vector: Tensor
     base_action: Tensor
+    candidates: Tensor | None = None
+    context: Any = None
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Tensor]) -> Features | None:
+        """Returns the features among a trajectory's or batch's fields; None if there are none."""
+        parts = {k.removeprefix(PREFIX): v for k, v in fields.items() if k.startswith(PREFIX)}
+        return cls(**parts) if parts else None
 
     def detach(self) -> Features:
-        """Returns the same features cut from the graph."""
-        return Features(self.vector.detach(), self.base_action.detach())
+        """Returns the same features cut from the graph, without context."""
+        return self.map(Tensor.detach)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What replay stores, by field name."""
+        parts = {"vector": self.vector, "base_action": self.base_action}
+        if self.candidates is not None:
+            parts["candidates"] = self.candidates
+        return {PREFIX + name: tensor for name, tensor in parts.items()}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Features:
+        """Returns features whose stored tensors went through `change`, without context."""
+        return Features(**{k.removeprefix(PREFIX): change(v) for k, v in self.tensors().items()})
 
 
 @dataclass
@@ -82,7 +106,7 @@ class Trajectory:
         fields: name to tensor [T + 1, ...]. Always present: one `obs.<key>` per observation key,
             `action` [H, A], `reward` [h] per executed environment step, `steps` (number of
             environment steps executed by the decision), `terminated`, `truncated`, `success`.
-            Optional: `features.vector`, `features.base_action`.
+            Optional: `features.vector`, `features.base_action`, `features.candidates`.
     """
 
     fields: dict[str, Tensor]
@@ -141,12 +165,15 @@ class EnvSpec:
         action_dim: A; actions are in [-1, 1].
         max_episode_steps: time limit in environment steps.
         name: the task, for messages.
+        instructions: what `obs["instruction"]`, an index, stands for; empty where the environment
+            gives none.
     """
 
     obs: Mapping[str, ArraySpec]
     action_dim: int
     max_episode_steps: int
     name: str
+    instructions: tuple[str, ...] = ()
 
 
 @dataclass

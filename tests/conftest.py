@@ -269,7 +269,7 @@ class Scripted(Backbone):
         self.script, self.chunk_size = script, chunk_size
         self.asked: list[torch.Tensor] = []  # states that a decision was asked for
 
-    def forward(self, obs):
+    def forward(self, obs, samples=1, generator=None):
         self.asked += list(obs["state"])
         return Features(obs["state"] / 2, self.script(obs["state"]))
 

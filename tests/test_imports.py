@@ -57,9 +57,10 @@ RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 
 
 def modules() -> list[str]:
-    """Dotted names below the package, without package `__init__` files."""
-    paths = [p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py") if p.name != "__init__.py"]
-    return sorted(".".join(p.with_suffix("").parts) for p in paths)
+    """Dotted names below the package; a folder with an `__init__` file is one too."""
+    paths = [p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py")]
+    names = (p.parent if p.name == "__init__.py" else p.with_suffix("") for p in paths)
+    return sorted(".".join(name.parts) for name in names if name.parts)
 
 
 MODULES = modules()
@@ -67,7 +68,8 @@ MODULES = modules()
 
 @cache
 def tree(module: str) -> ast.Module:
-    path = PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
+    path = PACKAGE.joinpath(*module.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
@@ -127,7 +129,7 @@ def test_import_direction(module):
         if imported in LEAVES:
             assert module in LEAF_IMPORTERS, f"{module} imports {imported}"
             continue
-        same_package = "." in module and group(module) == group(imported)
+        same_package = group(module) == group(imported)
         inside_package = same_package and imported not in COMMAND_LINES
         allowed = inside_package or (module, imported) in WITHIN
         earlier = rank(imported) < rank(module)

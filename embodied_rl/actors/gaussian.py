@@ -50,6 +50,7 @@ class GaussianActor(ActorAdapter):
                 "renorm": vars(renorm) if renorm is not None else None,
             }
         )
+        self.action_shape = (chunk_size, action_dim)
         self.net = mlp(feature_dim, hidden, 2 * chunk_size * action_dim, renorm=renorm)
         tanh_normal.start_at(self.net, math.log(initial_std))
 

@@ -56,6 +56,7 @@ class ResidualActor(ActorAdapter):
         )
         self.scale, self.ramp_steps = scale, ramp_steps
         size = chunk_size * action_dim
+        self.action_shape = (chunk_size, action_dim)
         self.net = mlp(feature_dim + size, hidden, 2 * size, renorm=renorm)
         tanh_normal.start_at(self.net, math.log(min(initial_std / scale, 1.0)))
 

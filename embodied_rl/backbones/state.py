@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
 import torch
@@ -66,8 +64,11 @@ class StateBackbone(Backbone):
         shape = (vector.shape[0], self.chunk_size, self.action_dim)
         return vector.new_zeros(shape) if self.net is None else self.net(vector).view(shape)
 
-    def forward(self, obs: Obs) -> Features:
+    def forward(
+        self, obs: Obs, samples: int = 1, generator: torch.Generator | None = None
+    ) -> Features:
         """Encodes `obs["state"]` [B, D]."""
+        del samples, generator  # deterministic
         vector = self.normalise(obs)
         return Features(vector, self.raw_action(vector).clamp(-1, 1))
 
@@ -91,14 +92,6 @@ class StateBackbone(Backbone):
                     "was pretrained, or pretrain one for this task: "
                     "python -m embodied_rl.pretrain data=<demonstrations>."
                 )
-
-    def fingerprint(self) -> str:
-        """SHA-256 of config and weights."""
-        digest = hashlib.sha256(json.dumps(self.config_dict(), sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
 
     def config_dict(self) -> dict[str, Any]:
         """The constructor's arguments."""

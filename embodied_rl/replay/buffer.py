@@ -14,7 +14,7 @@ from embodied_rl.config import AlgorithmConfig
 from embodied_rl.errors import ReplayNotReady
 from embodied_rl.interfaces import ReplayBuffer
 from embodied_rl.replay.cache import TrajectoryCache
-from embodied_rl.replay.gather import BASE, VECTOR, Draw, TransitionReader
+from embodied_rl.replay.gather import Draw, TransitionReader
 from embodied_rl.replay.prefetch import Prefetcher
 from embodied_rl.replay.reader import LostError, StoreReader
 from embodied_rl.replay.store import TrajectoryStore
@@ -148,8 +148,9 @@ class TrajectoryReplay(ReplayBuffer):
         )
 
     def _features(self, fields: dict[str, Tensor]) -> Features:
-        if VECTOR in fields:
-            return Features(fields[VECTOR], fields[BASE])
+        stored = Features.from_fields(fields)
+        if stored is not None:
+            return stored
         obs = {k: v for k, v in fields.items() if k.startswith("obs.")}
         return self._encode({k.removeprefix("obs."): v for k, v in obs.items()})
 

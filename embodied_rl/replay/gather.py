@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ from embodied_rl.config import AlgorithmConfig
 from embodied_rl.replay import returns
 from embodied_rl.replay.cache import NOT_HELD, TrajectoryCache
 from embodied_rl.replay.reader import LostError, StoreReader
+from embodied_rl.types import PREFIX
 
-VECTOR, BASE = "features.vector", "features.base_action"
 RETURN = ("reward", "discount")
 
 
@@ -145,12 +145,15 @@ class TransitionReader:
         else:
             assert self.store is not None
             known = self.store.field_names
-        if VECTOR in known:
-            return [VECTOR, BASE]
-        return [name for name in known if name.startswith("obs.")]
+        return _observed(known)
 
 
 def _sampled_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Those fields that sampling reads: observations only where there are no features."""
-    observed = (VECTOR, BASE) if VECTOR in fields else [k for k in fields if k.startswith("obs.")]
-    return {name: fields[name] for name in ("action", *returns.FIELDS, *observed)}
+    return {name: fields[name] for name in ("action", *returns.FIELDS, *_observed(fields))}
+
+
+def _observed(names: Iterable[str]) -> list[str]:
+    names = list(names)
+    features = [name for name in names if name.startswith(PREFIX)]
+    return features or [name for name in names if name.startswith("obs.")]

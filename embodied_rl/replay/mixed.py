@@ -69,12 +69,17 @@ def concatenate(batches: list[Batch]) -> Batch:
         return torch.cat([pick(b) for b in batches])
 
     return Batch(
-        Features(join(lambda b: b.features.vector), join(lambda b: b.features.base_action)),
-        Features(
-            join(lambda b: b.next_features.vector), join(lambda b: b.next_features.base_action)
-        ),
+        _join([b.features for b in batches]),
+        _join([b.next_features for b in batches]),
         join(lambda b: b.action),
         join(lambda b: b.reward),
         join(lambda b: b.discount),
         join(lambda b: b.is_demo),
     )
+
+
+def _join(parts: list[Features]) -> Features:
+    fields = [part.tensors() for part in parts]
+    joined = Features.from_fields({k: torch.cat([f[k] for f in fields]) for k in fields[0]})
+    assert joined is not None
+    return joined

@@ -1,0 +1,82 @@
+"""Actor adapters: trainable policies on top of a backbone."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from embodied_rl.config import ActorConfig, BatchRenormConfig
+from embodied_rl.interfaces.backbone import Backbone
+from embodied_rl.types import ActionSample, Features
+
+
+class ActorAdapter(nn.Module, ABC):
+    """A trainable policy on top of a backbone's features.
+
+    Its actions are what the critic judges and replay stores; `decode` makes of them what the
+    environment executes.
+
+    Args:
+        config: JSON-able arguments of the subclass's constructor, `renorm` among them.
+
+    Attributes:
+        base_samples: chunks of the backbone that an observation needs; see `Backbone.forward`.
+        action_shape: of its actions for one observation.
+    """
+
+    base_samples: int = 1
+    action_shape: tuple[int, int]
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self._config = config
+
+    @property
+    def target_entropy(self) -> float:
+        """What the temperature aims at where the config does not say: minus the action's size."""
+        return -float(math.prod(self.action_shape))
+
+    @abstractmethod
+    def forward(self, features: Features) -> ActionSample:
+        """Samples a chunk [B, H, A] with gradient, and gives the mode beside it."""
+
+    @abstractmethod
+    def mode(self, features: Features) -> Tensor:
+        """Returns the noise-free chunk [B, H, A]; draws from no generator."""
+
+    def explore(self, features: Features, env_steps: int) -> ActionSample:
+        """Samples the chunk that the collector executes after `env_steps` steps of training."""
+        del env_steps
+        return self(features)
+
+    def decode(self, backbone: Backbone, features: Features, action: Tensor) -> Tensor:
+        """Returns the chunks [B, H, A] to execute for this adapter's actions."""
+        del backbone, features
+        return action
+
+    def anchor(self, features: Features) -> Tensor:
+        """Returns the action [B, *action_shape] that stands for the pretrained policy's."""
+        return features.base_action
+
+    def config_dict(self) -> dict[str, Any]:
+        """JSON-able arguments that rebuild the module."""
+        return dict(self._config)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Rebuilds the (untrained) module from `config_dict`."""
+        arguments = dict(config)
+        if arguments["renorm"] is not None:
+            arguments["renorm"] = BatchRenormConfig(**arguments["renorm"])
+        return cls(**arguments)
+
+    @classmethod
+    @abstractmethod
+    def for_backbone(
+        cls, backbone: Backbone, config: ActorConfig, renorm: BatchRenormConfig | None
+    ) -> ActorAdapter:
+        """Builds the adapter that starts as the backbone's policy."""
