@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from embodied_rl.errors import RunStopped
-from embodied_rl.types import Batch, Features
+from embodied_rl.types import PREFIX, Batch, Features
 
 PENDING = 8  # updates whose batches are held until their metrics are read
 
@@ -134,7 +134,8 @@ def batch_tensors(batch: Batch) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, value in vars(batch).items():
         if isinstance(value, Features):
-            tensors |= {f"batch.{name}.{k}": v for k, v in vars(value).items()}
+            stored = value.tensors().items()
+            tensors |= {f"batch.{name}.{k.removeprefix(PREFIX)}": v for k, v in stored}
         else:
             tensors[f"batch.{name}"] = value
     return tensors

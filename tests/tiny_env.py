@@ -42,7 +42,7 @@ class TinyEnv:
             raise ValueError("a mistake in the environment's own code")
         self._state += np.array([0, 1, value], np.float32)
         if self._state[0] == STRAYS:
-            self._state[2] += os.urandom(1)[0] + 1
+            self._state[2] += int.from_bytes(os.urandom(3), "big") + 1
         return {"state": self._state.copy()}, value, False, self._state[1] >= LIMIT, False
 
     def render(self) -> np.ndarray:
