@@ -18,6 +18,9 @@ class EnvConfig:
 
     type: str = "maniskill"  # maniskill | gymnasium | fake
     task: str = "PickCube-v1"
+    # ManiSkill: task -> what the policy is told, to train on several tasks in turn (episode seed
+    # modulo their number); task= is then one of them and only names the run; empty: task= alone
+    instructions: dict[str, str] = field(default_factory=dict)
     num_envs: int = 4  # parallel training environments
     obs_mode: str = "state"  # ManiSkill: state | state_dict | rgb | rgbd | ...
     control_mode: str = "pd_ee_delta_pos"  # ManiSkill only
@@ -25,9 +28,18 @@ class EnvConfig:
     sim_backend: str = "physx_cpu"  # ManiSkill: physx_cpu (one process per env) | physx_cuda
     max_episode_steps: Optional[int] = None  # null: the task's own limit
     ignore_terminations: bool = True  # ManiSkill: reaching success does not end an episode
+    # ManiSkill, observations of several entries (rgb, state_dict): those kept; empty: all
+    obs_keys: list[str] = field(default_factory=list)
+    # ManiSkill: objects, as attributes of the task, that cameras in observations do not see
+    hidden_objects: list[str] = field(default_factory=list)
     render_size: int = 256  # pixels, side of a video frame
     worker_timeout: float = 300.0  # seconds for a step or reset before its process is restarted
     kwargs: dict[str, Any] = field(default_factory=dict)  # passed on to the simulator
+
+    @property
+    def name(self) -> str:
+        """The task, or all of them."""
+        return "+".join(self.instructions) or self.task
 
 
 @dataclass
@@ -288,9 +300,10 @@ class DemosConfig:
     """Everything `python -m embodied_rl.demos` reads."""
 
     out: str = "demos"  # where the demonstration folder is written
-    episodes: int = 40  # successful episodes to keep
+    episodes: int = 40  # successful episodes to keep, as many of each task
     noise: float = 0.0  # std of Gaussian noise added to the expert's actions
     max_steps_multiple: int = 20  # give up after this many attempts per kept episode
     seed: int = 1_000_000
     overwrite: bool = False
     env: EnvConfig = field(default_factory=EnvConfig)
+    compression: str = "none"  # none | zstd: of images on disk

@@ -1,86 +1,138 @@
-"""`python -m embodied_rl.demos`: collects demonstrations from a scripted expert."""
+"""`python -m embodied_rl.demos`: collects demonstrations from scripted experts."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from embodied_rl import cli
 from embodied_rl.config import DemosConfig
-from embodied_rl.envs.experts import PickCubeExpert
-from embodied_rl.envs.maniskill import ManiSkillEnv
+from embodied_rl.envs.demonstrator import EXPERT, make_demonstrators
 from embodied_rl.errors import UserError
+from embodied_rl.interfaces import VecEnv
 from embodied_rl.load_config import load_config
-from embodied_rl.registry import EXPERTS
 from embodied_rl.replay.store import TrajectoryStore
-from embodied_rl.types import Trajectory
+from embodied_rl.types import INSTRUCTION, Trajectory
 
 
 def main(args: list[str]) -> int:
     """Writes a demonstration folder; returns 0."""
     config, _ = load_config(DemosConfig, args)
     torch.set_num_threads(1)
-    expert = EXPERTS.get(config.env.task)()
-    for key in ("obs_mode", "control_mode"):
-        wanted, found = getattr(expert, key), getattr(config.env, key)
-        if found != wanted:
-            raise UserError(f"env.{key}={found}: the expert for {config.env.task} needs {wanted}.")
-    out = cli.prepare_folder(Path(config.out), config.overwrite)
-    env = ManiSkillEnv(config.env)
-    store = TrajectoryStore(out, config.episodes, {"task": config.env.task})
-    rng = np.random.default_rng(config.seed)
-    attempts, limit = 0, config.episodes * config.max_steps_multiple
-    with tqdm(total=config.episodes, unit="demo") as bar:
-        while len(store) < config.episodes:
-            if attempts >= limit:
-                raise UserError(f"only {len(store)} of {attempts} attempts succeeded; lower noise.")
-            fields = _episode(env, expert, config.seed + attempts, config.noise, rng)
-            attempts += 1
-            if fields["success"].any():
-                store.append(Trajectory(fields))
-                bar.update()
-    store.flush()
-    env.close()
+    num_envs = min(config.env.num_envs, config.episodes)
+    env = make_demonstrators(config.env, num_envs)
+    try:
+        out = cli.prepare_folder(Path(config.out), config.overwrite)
+        meta: dict[str, Any] = {"task": config.env.name}
+        if env.spec.instructions:
+            meta["instructions"] = list(env.spec.instructions)
+        store = TrajectoryStore(out, config.episodes, meta, compression=config.compression)
+        attempts = collect(env, store, config)
+        store.flush()
+        store.close()
+    finally:
+        env.close()
+    for warning in env.pop_warnings():
+        print(f"warning: {warning}")
     print(f"{len(store)} demonstrations from {attempts} attempts: {out}")
     return 0
 
 
-def _episode(
-    env: ManiSkillEnv, expert: PickCubeExpert, seed: int, noise: float, rng: np.random.Generator
-) -> dict[str, torch.Tensor]:
-    """Runs one episode to its time limit; returns the fields of a `Trajectory`.
+def collect(env: VecEnv, store: TrajectoryStore, config: DemosConfig) -> int:
+    """Stores the first successful episodes, in the order of their seeds, as many of each task.
 
-    `action` is what was executed, noise included; `expert_action` what the expert chose, which
-    is what cloning learns from.
+    What is stored does not depend on the number of environments.
+
+    Returns:
+        How many attempts it took.
+
+    Raises:
+        UserError: too few of them succeed.
     """
-    obs, done = env.reset(seed), False
-    expert.reset()
-    names = ("obs.state", "action", "expert_action", "reward", "success")
-    rows: dict[str, list[Any]] = {k: [] for k in names}
-    while not done:
-        label = expert.act(obs["state"])
-        rows["expert_action"].append(label[None])
-        action = np.clip(label + noise * rng.standard_normal(label.shape), -1, 1)
-        rows["obs.state"].append(obs["state"])
-        rows["action"].append(action.astype(np.float32)[None])
-        obs, reward, terminated, truncated, success = env.step(action.astype(np.float32))
-        rows["reward"].append(np.array([reward], np.float32))
-        rows["success"].append(success)
-        done = terminated or truncated
-    rows["obs.state"].append(obs["state"])
-    for name in names[1:]:
-        rows[name].append(np.zeros_like(rows[name][0]))
-    fields = {k: torch.from_numpy(np.asarray(v)) for k, v in rows.items()}
-    steps = len(fields["action"])
-    fields["steps"] = torch.ones(steps, dtype=torch.int64)
-    fields["terminated"] = torch.zeros(steps, dtype=torch.bool)
-    fields["truncated"] = torch.zeros(steps, dtype=torch.bool)
-    fields["truncated"][steps - 2] = True
-    return fields
+    told = max(1, len(env.spec.instructions))
+    wanted = [config.episodes // told + (i < config.episodes % told) for i in range(told)]
+    limit = config.episodes * config.max_steps_multiple
+    finished: dict[int, Trajectory | None] = {}  # by attempt; None: lost
+    taken = 0  # attempts looked at
+    with tqdm(total=config.episodes, unit="demo", dynamic_ncols=True) as bar:
+        for attempt, trajectory in _episodes(env, config):
+            finished[attempt] = trajectory
+            while taken in finished:
+                done, taken = finished.pop(taken), taken + 1
+                if done is None or not done.fields["success"].any():
+                    continue
+                task = int(done.fields[f"obs.{INSTRUCTION}"][0]) if env.spec.instructions else 0
+                if wanted[task]:
+                    wanted[task] -= 1
+                    store.append(done)
+                    bar.update()
+                if not any(wanted):
+                    return taken
+            if taken >= limit:
+                raise UserError(
+                    f"only {len(store)} demonstrations of {taken} attempts could be used; lower "
+                    "noise."
+                )
+    raise AssertionError("attempts are endless")
+
+
+def _episodes(env: VecEnv, config: DemosConfig) -> Iterator[tuple[int, Trajectory | None]]:
+    """Yields (attempt, trajectory or None) as episodes end; environment i runs i, i + N, ..."""
+    n = env.num_envs
+    present = list(range(n))
+    numbers = [itertools.count(i + n, n) for i in range(n)]
+    following = [next(more) for more in numbers]
+    obs = env.reset([config.seed + a for a in present])
+    rows: list[list[dict[str, Tensor]]] = [[] for _ in range(n)]
+    noise = [_noise(config, a) for a in present]
+    while True:
+        label = obs[EXPERT]
+        push = [rng.standard_normal(label.shape[1]) * config.noise for rng in noise]
+        action = (label + torch.from_numpy(np.stack(push))).clamp(-1, 1).float()
+        env.send(action, [config.seed + a for a in following])
+        result = env.recv()
+        for i in range(n):
+            row = {f"obs.{k}": v[i] for k, v in obs.items() if k != EXPERT}
+            rows[i].append(
+                row
+                | {
+                    "action": action[i][None],
+                    EXPERT: label[i][None],
+                    "reward": result.reward[i][None],
+                    "steps": torch.tensor(1),
+                    "terminated": result.terminated[i],
+                    "truncated": result.truncated[i],
+                    "success": result.success[i],
+                }
+            )
+            lost = bool(result.restarted[i])
+            if lost or result.terminated[i] or result.truncated[i]:
+                last = {f"obs.{k}": v[i] for k, v in result.final_obs.items() if k != EXPERT}
+                yield present[i], None if lost else _close(rows[i], last)
+                present[i], following[i], rows[i] = following[i], next(numbers[i]), []
+                noise[i] = _noise(config, present[i])
+        obs = result.obs
+
+
+def _noise(config: DemosConfig, attempt: int) -> np.random.Generator:
+    return np.random.default_rng([config.seed, attempt])
+
+
+def _close(rows: list[dict[str, Tensor]], last: dict[str, Tensor]) -> Trajectory:
+    """Stacks the rows of an episode and the observation that follows them.
+
+    `action` is what was executed, noise included; `expert_action` what the expert chose, which is
+    what cloning learns from.
+    """
+    end = {k: last[k] if k in last else torch.zeros_like(v) for k, v in rows[0].items()}
+    return Trajectory({k: torch.stack([r[k] for r in (*rows, end)]) for k in rows[0]})
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def main(args: list[str]) -> int:
     summary = {"policy": config.policy, "first_seed": config.eval.seed, **result.summary}
     (out / "scores.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(
-        f"{config.policy} on {config.env.task}: success {result.summary['success_once']:.1%} (at "
+        f"{config.policy} on {config.env.name}: success {result.summary['success_once']:.1%} (at "
         f"end {result.summary['success_at_end']:.1%}), return {result.summary['return']:.2f} over "
         f"{config.eval.episodes} episodes, seeds {config.eval.seed}-"
         f"{config.eval.seed + config.eval.episodes - 1}\nscores and video: {out}"

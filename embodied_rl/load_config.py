@@ -16,7 +16,7 @@ from embodied_rl.errors import UserError, nearest
 from embodied_rl.validate import validate
 
 C = TypeVar("C")
-FREE_FORM = ("env.kwargs",)  # mappings whose keys belong to somebody else
+FREE_FORM = ("env.kwargs", "env.instructions")  # mappings whose keys belong to somebody else
 
 
 def schema_keys(schema: Any, prefix: str = "") -> list[str]:
@@ -64,6 +64,7 @@ def load_config(
     merged = OmegaConf.structured(schema)
     known = schema_keys(schema())
     given: set[str] = set()
+    named: set[str] = set()
     for position, (origin, layer) in enumerate(layers):
         tree: Any = OmegaConf.to_container(layer)
         if not isinstance(tree, dict):
@@ -72,6 +73,7 @@ def load_config(
             )
         keys = flatten(tree)
         _check_known(keys, known, origin)
+        named |= set(keys)
         if position >= typed:
             given |= set(keys)
         try:
@@ -83,6 +85,9 @@ def load_config(
         config: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from None
+    env = getattr(config, "env", None)
+    if env is not None and env.instructions and "env.task" not in named:
+        env.task = next(iter(env.instructions))
     validate(config)
     return config, given
 

@@ -80,5 +80,9 @@ ENVS = Registry(
 EXPERTS = Registry(
     "scripted expert",
     "env.task",
-    {"PickCube-v1": "embodied_rl.envs.experts:PickCubeExpert"},
+    {
+        "PickCube-v1": "embodied_rl.envs.experts:PickCubeExpert",
+        "PushCube-v1": "embodied_rl.envs.experts:PushCubeExpert",
+        "PullCube-v1": "embodied_rl.envs.experts:PullCubeExpert",
+    },
 )

@@ -73,7 +73,7 @@ def _read(args: list[str]) -> tuple[Config, set[str]]:
 
 
 def _new_name(config: Config) -> str:
-    task, head = config.env.task, config.algorithm.q_head_type
+    task, head = config.env.name, config.algorithm.q_head_type
     return f"runs/{task}_{head}_s{config.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
 
 
@@ -90,7 +90,7 @@ def without_effect(config: Config, given: set[str]) -> list[str]:
 def _announce(config: Config, run_dir: Path, device: object, resume: bool) -> None:
     verb = "resuming" if resume else "finetuning"
     print(
-        f"{verb} {config.policy.path or 'a fresh policy'} on {config.env.task} with "
+        f"{verb} {config.policy.path or 'a fresh policy'} on {config.env.name} with "
         f"q_head_type={config.algorithm.q_head_type} ({config.env.num_envs} environments, "
         f"{config.train.total_steps:,} steps, {device})\nrun folder: {run_dir}",
         flush=True,

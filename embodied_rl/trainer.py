@@ -287,6 +287,6 @@ class Trainer:
         }
         path = self.run_dir / "results.json"
         path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        title = f"{self.config.env.task}, {self.config.algorithm.q_head_type}"
+        title = f"{self.config.env.name}, {self.config.algorithm.q_head_type}"
         plot_curve(self.run_dir, f"{title}, seed {self.config.seed}", self.config.eval.metric)
         return results

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 Obs = dict[str, Tensor]
+INSTRUCTION = "instruction"  # observation key: index into `EnvSpec.instructions`
 PREFIX = "features."  # of stored features among a trajectory's fields
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from embodied_rl.config import Config
+from embodied_rl.config import Config, EnvConfig
 from embodied_rl.errors import UserError, nearest
 from embodied_rl.registry import ACTORS, BACKBONES, ENVS, Q_HEADS
 
@@ -30,6 +30,7 @@ CHOICES: dict[str, list[str]] = {
     "algorithm.entropy_tuning.objective": ["alpha", "log_alpha"],
     "algorithm.replay_buffer.cache_device": ["auto", "cpu"],
     "algorithm.replay_buffer.compression": ["none", "zstd"],
+    "compression": ["none", "zstd"],
     "eval.metric": ["success_once", "success_at_end", "return"],
     **{
         f"{owner}.lr_scheduler": ["torch_constant", "linear", "cosine"]
@@ -134,6 +135,8 @@ def validate(config: Any) -> None:
     if isinstance(config, Config):
         _check_together(config)
 
+    if isinstance(getattr(config, "env", None), EnvConfig):
+        _check_env(config.env)
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields (dotted key, value) of a nested config object."""
@@ -171,6 +174,35 @@ def _show(bound: float) -> str:
 def _check_together(config: Config) -> None:
     algorithm, replay = config.algorithm, config.algorithm.replay_buffer
     if replay.min_buffer_size > replay.sample_window_size:
+def _check_env(env: EnvConfig) -> None:
+    for key in ("instructions", "obs_keys", "hidden_objects"):
+        value = getattr(env, key)
+        if value and env.type != "maniskill":
+            raise UserError(
+                f"env.{key}={value} is for env.type=maniskill, but env.type={env.type}. Drop one."
+            )
+    if env.obs_keys and env.obs_mode == "state":
+        raise UserError(
+            f"env.obs_keys={env.obs_keys} chooses among named observations, but env.obs_mode=state "
+            "gives a single one. Drop the keys, or set env.obs_mode=state_dict or rgb."
+        )
+    if not env.instructions:
+        return
+    if env.task not in env.instructions:
+        raise UserError(
+            f"env.task={env.task} is not among the tasks of env.instructions: "
+            f"{', '.join(env.instructions)}. Drop env.task, or give it an instruction."
+        )
+    texts = list(env.instructions.values())
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise UserError(f"env.instructions={env.instructions} has an empty instruction.")
+    if len(set(texts)) < len(texts):
+        raise UserError(
+            f"env.instructions={env.instructions} tells two tasks apart by nothing. Give each its "
+            "own instruction."
+        )
+
+
         raise UserError(
             f"algorithm.replay_buffer.min_buffer_size={replay.min_buffer_size} is larger than "
             f"algorithm.replay_buffer.sample_window_size={replay.sample_window_size}: training "

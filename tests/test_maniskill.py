@@ -26,7 +26,7 @@ def play(env, expert, seed: int):
     state, states, success = env.reset(seed, rebuild=True)["state"], [], []
     states.append(state)
     for _ in range(env.spec.max_episode_steps):
-        obs, _, _, _, ok = env.step(expert.act(state))
+        obs, _, _, _, ok = env.step(expert.act({"state": state}, env.position))
         state = obs["state"]
         states.append(state)
         success.append(ok)

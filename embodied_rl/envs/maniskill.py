@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -12,8 +14,11 @@ import torch
 from mani_skill import logger
 from mani_skill.utils import assets
 from mani_skill.utils.registration import REGISTERED_ENVS
+from mani_skill.utils.structs import Actor
 
 from embodied_rl.config import EnvConfig
+from embodied_rl.envs.mixture import MixtureEnv
+from embodied_rl.envs.process import SingleEnv
 from embodied_rl.envs.worker import WorkerVecEnv
 from embodied_rl.errors import UserError, nearest
 from embodied_rl.interfaces import VecEnv
@@ -26,12 +31,26 @@ REBUILD_EVERY = 32
 
 
 def make_maniskill(config: EnvConfig, num_envs: int, device: torch.device) -> VecEnv:
-    """Builds `num_envs` environments of a ManiSkill task.
+    """Builds `num_envs` environments of a ManiSkill task, or of all in `config.instructions`.
 
     Raises:
         UserError: an unknown task or mode, missing assets, or no usable Vulkan driver.
     """
     del device
+    return start_workers(build_maniskill, config, num_envs)
+
+
+def start_workers(
+    build: Callable[..., SingleEnv],
+    config: EnvConfig,
+    num_envs: int,
+    rebuild_every: int = REBUILD_EVERY,
+) -> WorkerVecEnv:
+    """Runs `build(config, render backend)` in `num_envs` processes.
+
+    Raises:
+        UserError: as `make_maniskill`.
+    """
     if config.sim_backend != "physx_cpu":
         raise UserError(
             f"env.sim_backend={config.sim_backend!r} is not supported. Allowed: physx_cpu."
@@ -39,22 +58,32 @@ def make_maniskill(config: EnvConfig, num_envs: int, device: torch.device) -> Ve
     render = check_render()  # here, once: every worker would print the driver's own complaints
     if not render.ok:
         raise UserError(f"ManiSkill cannot start: {render.detail}. Cure: {render.cure}")
-    arguments = (config, render.backend)
     return WorkerVecEnv(
-        ManiSkillEnv,
-        arguments,
+        build,
+        (config, render.backend),
         num_envs,
         preload=(__name__,),
         timeout=config.worker_timeout,
-        rebuild_every=REBUILD_EVERY,
+        rebuild_every=rebuild_every,
     )
+
+
+def build_maniskill(
+    config: EnvConfig, render_backend: str = "cpu"
+) -> ManiSkillEnv | MixtureEnv[ManiSkillEnv]:
+    """Builds the environment that a worker runs: one task, or several with instructions."""
+    if not config.instructions:
+        return ManiSkillEnv(config, render_backend)
+    tasks = [dataclasses.replace(config, task=task) for task in config.instructions]
+    envs = [ManiSkillEnv(task, render_backend) for task in tasks]
+    return MixtureEnv(envs, list(config.instructions.values()))
 
 
 class ManiSkillEnv:
     """One ManiSkill task on the CPU, flat in numpy.
 
     Observation keys: `state` for obs_mode=state; otherwise the leaves of ManiSkill's nested
-    dictionary under dotted names.
+    dictionary under dotted names, or those of them that `config.obs_keys` lists.
 
     Args:
         config: task, modes and keyword arguments.
@@ -76,7 +105,11 @@ class ManiSkillEnv:
                 "this machine. Fetch them: python -m mani_skill.utils.download_asset "
                 f"{config.task} -y"
             )
-        self._name = config.task
+        self._name, self._keys, self._hidden = (
+            config.task,
+            list(config.obs_keys),
+            list(config.hidden_objects),
+        )
         self._ignore_terminations = config.ignore_terminations
         size = {"width": config.render_size, "height": config.render_size}
         arguments: dict[str, Any] = {
@@ -94,7 +127,7 @@ class ManiSkillEnv:
             arguments["max_episode_steps"] = config.max_episode_steps
         try:
             self._env = gym.make(config.task, **arguments)
-            obs, _ = self._env.reset(seed=0)
+            obs = self._flat(self._env.reset(seed=0)[0])
         except RuntimeError as error:
             raise UserError(f"ManiSkill cannot build {config.task}: {error}") from None
         except (AssertionError, KeyError, NotImplementedError, TypeError, ValueError) as error:
@@ -104,7 +137,7 @@ class ManiSkillEnv:
                 f"kwargs={config.kwargs}: {type(error).__name__}: {error}"
             ) from None
         self.spec = EnvSpec(
-            obs={k: ArraySpec(v.shape, torch.from_numpy(v).dtype) for k, v in _flat(obs).items()},
+            obs={k: ArraySpec(v.shape, torch.from_numpy(v).dtype) for k, v in obs.items()},
             action_dim=int(np.prod(self._env.action_space.shape)),  # type: ignore[arg-type]
             max_episode_steps=config.max_episode_steps or self._time_limit(),
             name=config.task,
@@ -118,6 +151,48 @@ class ManiSkillEnv:
             )
         return int(limit)
 
+    def _flat(self, obs: Any) -> dict[str, np.ndarray]:
+        """The chosen observations under dotted names.
+
+        Raises:
+            UserError: the task has no such observation.
+        """
+        flat = _flat(obs)
+        unknown = [key for key in self._keys if key not in flat]
+        if unknown:
+            raise UserError(
+                f"env.obs_keys: {self._name} has no observation {unknown[0]!r}."
+                f"{nearest(unknown[0], flat)} It has: {', '.join(flat)}."
+            )
+        return {key: flat[key] for key in self._keys} if self._keys else flat
+
+    def _hide(self) -> None:
+        """Hides what cameras in observations shall not see; a rebuilt scene has new objects.
+
+        Raises:
+            UserError: the task has no such object.
+        """
+        scene: Any = self._env.unwrapped
+        for name in self._hidden:
+            found = getattr(scene, name, None)
+            if not isinstance(found, Actor):
+                objects = sorted(k for k, v in vars(scene).items() if isinstance(v, Actor))
+                raise UserError(
+                    f"env.hidden_objects: {self._name} has no object {name!r}."
+                    f"{nearest(name, objects)} It has: {', '.join(objects)}."
+                )
+            if not any(found is hidden for hidden in scene._hidden_objects):
+                scene._hidden_objects.append(found)
+
+    def position(self, name: str) -> np.ndarray:
+        """Where an object of the task, or the tool centre `tcp`, is [3], in metres.
+
+        For scripted experts, which may see more than a policy.
+        """
+        scene: Any = self._env.unwrapped
+        found = scene.agent.tcp if name == "tcp" else getattr(scene, name)
+        return found.pose.p[0].cpu().numpy()
+
     @torch.inference_mode()  # the simulator's many small tensor operations run a sixth faster
     def reset(self, seed: int, *, rebuild: bool = False) -> dict[str, np.ndarray]:
         """Starts the episode that `seed` determines; `rebuild` makes the whole scene anew.
@@ -127,8 +202,9 @@ class ManiSkillEnv:
         them; the second reset takes that step back.
         """
         self._env.reset(seed=seed, options={"reconfigure": rebuild})
+        self._hide()
         self._env.unwrapped.scene.step()  # type: ignore[attr-defined]
-        return _flat(self._env.reset(seed=seed)[0])
+        return self._flat(self._env.reset(seed=seed)[0])
 
     @torch.inference_mode()
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, bool]:
@@ -136,7 +212,7 @@ class ManiSkillEnv:
         obs, reward, terminated, truncated, info = self._env.step(action)
         success = bool(info["success"]) if "success" in info else False
         ended = bool(terminated) and not self._ignore_terminations
-        return _flat(obs), float(reward), ended, bool(truncated), success
+        return self._flat(obs), float(reward), ended, bool(truncated), success
 
     def render(self) -> np.ndarray:
         """Returns the human-view camera's frame."""

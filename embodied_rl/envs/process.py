@@ -158,6 +158,7 @@ def _spec_to_json(spec: EnvSpec) -> dict[str, Any]:
         "action_dim": spec.action_dim,
         "max_episode_steps": spec.max_episode_steps,
         "name": spec.name,
+        "instructions": list(spec.instructions),
     }
 
 
@@ -167,7 +168,8 @@ def spec_from_json(data: dict[str, Any]) -> EnvSpec:
         k: ArraySpec(tuple(shape), torch.from_numpy(np.empty(0, dtype)).dtype)
         for k, (shape, dtype) in data["obs"].items()
     }
-    return EnvSpec(obs, data["action_dim"], data["max_episode_steps"], data["name"])
+    limit, told = data["max_episode_steps"], tuple(data["instructions"])
+    return EnvSpec(obs, data["action_dim"], limit, data["name"], told)
 
 
 def _answer(pipe: Connection, value: Any) -> None:
