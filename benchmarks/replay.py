@@ -1,7 +1,7 @@
 """Replay buffers side by side: samples per second and memory per transition, in one run.
 
     pip install -e '.[dev]' torchrl
-    python benchmarks/replay.py            # a few minutes, up to 6 GB of disk under --folder
+    python benchmarks/replay.py            # about 5 minutes, up to 6 GB of disk under --folder
     python benchmarks/replay.py --quick    # a tenth of the transitions
 
 Ours (cached; through the memory map with a cache of a tenth), stable-baselines3's ReplayBuffer and,
@@ -265,7 +265,7 @@ def main() -> None:
     try:
         rows = compare("state", 200_000 // share, [256, 4096], args.rounds, args.folder)
         shutil.rmtree(args.folder, ignore_errors=True)
-        rows += compare("image", 20_000 // share, [256], args.rounds, args.folder)
+        rows += compare("image", 20_000 // share, [256, 4096], args.rounds, args.folder)
     finally:
         shutil.rmtree(args.folder, ignore_errors=True)
     show(rows)

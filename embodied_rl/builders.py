@@ -14,6 +14,7 @@ from embodied_rl.demonstrations import check_demos, find_demos, read_demos, with
 from embodied_rl.distributed import LocalEngine
 from embodied_rl.errors import UserError
 from embodied_rl.interfaces import QHead, ReplayBuffer, VecEnv
+from embodied_rl.judge import Judge
 from embodied_rl.policy import Policy
 from embodied_rl.registry import ACTORS, BACKBONES, ENVS, Q_HEADS
 from embodied_rl.replay.buffer import TrajectoryReplay
@@ -27,11 +28,11 @@ from embodied_rl.types import EnvSpec, Features, Obs
 ENV_KEYS = (
     "type",
     "task",
-    "obs_mode",
     "instructions",
-    "control_mode",
+    "obs_mode",
     "obs_keys",
     "hidden_objects",
+    "control_mode",
     "reward_mode",
     "max_episode_steps",
     "ignore_terminations",
@@ -116,7 +117,14 @@ def build_sac(config: Config, policy: Policy, q_head: QHead, device: torch.devic
     temperature = Temperature(tuning.alpha_type, tuning.initial_alpha, target, tuning.objective).to(
         device
     )
-    return SAC(policy.actor, q_head, temperature, LocalEngine(), config)
+    sac = SAC(policy.actor, q_head, temperature, LocalEngine(), config)
+    if policy.actor.base_samples > 1:  # after its copy for averaging was made
+        described = Judge.describe(
+            config.critic, config.algorithm, policy.backbone.feature_dim, policy.actor.action_shape
+        )
+        policy.judge = Judge(q_head, described)
+        policy.actor.judge = policy.judge.forward
+    return sac
 
 
 def build_encoder(policy: Policy, device: torch.device) -> Callable[[Obs], Features]:
@@ -126,6 +134,30 @@ def build_encoder(policy: Policy, device: torch.device) -> Callable[[Obs], Featu
         return policy.encode({k: v.to(device) for k, v in obs.items()})
 
     return encode
+
+
+def demo_folder(config: Config) -> tuple[Path | None, str | None]:
+    """Returns the demonstrations that a run mixes in, or None and, where it matters, why.
+
+    Raises:
+        UserError: demonstrations were named for an actor that cannot learn from them.
+    """
+    demo, kind = config.algorithm.demo, config.actor.type
+    if demo.fraction == 0:
+        return None, None
+    if not ACTORS.get(kind).acts_as_demonstrated:
+        why = f"the critic of actor.type={kind} judges noise, which demonstrations do not show"
+        if demo.path is not None:
+            raise UserError(
+                f"algorithm.demo.path={demo.path}: {why}. Drop it, or set actor.type=residual."
+            )
+        return None, f"{why}, so algorithm.demo.fraction={demo.fraction} has no effect"
+    path = find_demos(demo.path, config.policy.path)
+    why = (
+        f"no demonstrations, so algorithm.demo.fraction={demo.fraction} has no effect; name some "
+        "with algorithm.demo.path"
+    )
+    return path, None if path is not None else why
 
 
 def build_replay(
@@ -146,8 +178,8 @@ def build_replay(
         compression=settings.compression,
     )
     online = TrajectoryReplay(store, algorithm, encode, device, seed=config.seed)
-    path = find_demos(algorithm.demo.path, config.policy.path)
-    if path is None or algorithm.demo.fraction == 0:
+    path, _ = demo_folder(config)
+    if path is None:
         return online
     trajectories = read_demos(path)
     check_demos(path, trajectories, policy)

@@ -50,8 +50,9 @@ class PolicyConfig:
     path: Optional[str] = "pickcube_state_bc"
     backbone: str = "state"  # backbone built when path is null
     cache_features: bool = True  # store features in replay; false: encode each sampled batch
-    # the next three are for folders of other projects (LeRobot, transformers); our own say it all
+    # the next four are for folders of other projects (LeRobot, transformers); our own say it all
     cameras: dict[str, str] = field(default_factory=dict)  # policy's camera: observation key
+    state: list[str] = field(default_factory=list)  # observation keys of its state, in order
     tokenizer: Optional[str] = None  # folder or tokenizer.json; null: in the policy's folder
     dtype: str = "float32"  # float32 | bfloat16 | float16: precision of the backbone
 
@@ -101,7 +102,7 @@ class CriticConfig:
 class ActorConfig:
     """The actor adapter on top of the pretrained policy."""
 
-    type: str = "gaussian"  # gaussian | residual
+    type: str = "gaussian"  # gaussian | residual | noise
     hidden: list[int] = field(default_factory=lambda: [256, 256])
     initial_std: float = 0.15  # exploration noise before any learning, in action units
     batch_renorm: bool = False  # Batch Renormalisation in the actor too
@@ -110,6 +111,11 @@ class ActorConfig:
     average_decay: float = 0.999
     residual_scale: float = 0.1  # residual only: xi in a = clip(a_base + xi * delta)
     residual_ramp_steps: int = 10_000  # residual only: delta's probability is min(1, t / this)
+    # residual only: base actions drawn for each observation of a policy that samples; with more
+    # than one, acting and bootstrapping take the best of them and their corrections (EXPO)
+    candidates: int = 1
+    noise_bound: float = 1.0  # noise only: largest noise given to the flow policy
+    noise_std: float = 1.0  # noise only: spread before any learning; 1: about the policy's own
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3))
 
 
@@ -303,7 +309,7 @@ class DemosConfig:
     episodes: int = 40  # successful episodes to keep, as many of each task
     noise: float = 0.0  # std of Gaussian noise added to the expert's actions
     max_steps_multiple: int = 20  # give up after this many attempts per kept episode
+    compression: str = "none"  # none | zstd: of images on disk
     seed: int = 1_000_000
     overwrite: bool = False
     env: EnvConfig = field(default_factory=EnvConfig)
-    compression: str = "none"  # none | zstd: of images on disk

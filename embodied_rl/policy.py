@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from embodied_rl.config import PolicyConfig
 from embodied_rl.errors import UserError
 from embodied_rl.interfaces import ActorAdapter, Backbone
+from embodied_rl.judge import Judge
 from embodied_rl.manifest import Damaged, check_file, describe
 from embodied_rl.registry import ACTORS, BACKBONES, LAYOUTS
 from embodied_rl.types import Features, Obs
@@ -33,6 +34,7 @@ class Policy(nn.Module):
         actor_type: its name in the registry.
         env: the environment settings it was made for, for `evaluate`.
         execute_steps: actions executed of each chunk before the next decision; None for all.
+        judge: critic of an actor that chooses among several actions.
     """
 
     def __init__(
@@ -43,17 +45,24 @@ class Policy(nn.Module):
         actor_type: str | None = None,
         env: dict[str, Any] | None = None,
         execute_steps: int | None = None,
+        judge: Judge | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.backbone_type = backbone, backbone_type
         self.actor, self.actor_type = actor, actor_type
         self.env = env or {}
+        self.judge = judge
+        if actor is not None and judge is not None:
+            actor.judge = judge.forward  # not the module: it is no part of the actor
         self.execute_steps = min(execute_steps or backbone.chunk_size, backbone.chunk_size)
 
     def with_actor(self, actor: ActorAdapter | None) -> Policy:
         """Returns the policy with another actor on the same backbone, or with none."""
         kind = None if actor is None else self.actor_type
-        return Policy(self.backbone, self.backbone_type, actor, kind, self.env, self.execute_steps)
+        judge = None if actor is None else self.judge
+        return Policy(
+            self.backbone, self.backbone_type, actor, kind, self.env, self.execute_steps, judge
+        )
 
     @torch.no_grad()
     def act(
@@ -93,7 +102,8 @@ class Policy(nn.Module):
 
     def _trained(self) -> nn.Module:
         """What a folder must hold where the backbone's weights stay in their own folder."""
-        return nn.ModuleDict({} if self.actor is None else {"actor": self.actor})
+        parts = {"actor": self.actor, "judge": self.judge}
+        return nn.ModuleDict({k: v for k, v in parts.items() if v is not None})
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors."""
@@ -107,6 +117,7 @@ class Policy(nn.Module):
             "version": VERSION,
             "backbone": {"type": self.backbone_type, **self.backbone.config_dict()},
             "actor": actor,
+            "judge": None if self.judge is None else self.judge.config_dict(),
             "env": self.env,
             "execute_steps": self.execute_steps,
         }
@@ -147,8 +158,15 @@ class Policy(nn.Module):
                 actor_args = dict(config["actor"])
                 actor_type = actor_args.pop("type")
                 actor = ACTORS.get(actor_type).from_config(actor_args)
+            judge = config.get("judge")  # earlier versions wrote none
             policy = cls(
-                backbone, backbone_type, actor, actor_type, config["env"], config["execute_steps"]
+                backbone,
+                backbone_type,
+                actor,
+                actor_type,
+                config["env"],
+                config["execute_steps"],
+                None if judge is None else Judge.from_config(judge),
             )
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise UserError(

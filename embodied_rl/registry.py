@@ -56,7 +56,10 @@ Q_HEADS = Registry(
 BACKBONES = Registry(
     "backbone",
     "policy type",
-    {"state": "embodied_rl.backbones.state:StateBackbone"},
+    {
+        "state": "embodied_rl.backbones.state:StateBackbone",
+        "pi0": "embodied_rl.backbones.pi0:Pi0Backbone",
+    },
 )
 # `type` or `model_type` in the config.json of another project's policy folder -> backbone
 LAYOUTS: dict[str, str] = {"pi0": "pi0"}
@@ -66,6 +69,7 @@ ACTORS = Registry(
     {
         "gaussian": "embodied_rl.actors.gaussian:GaussianActor",
         "residual": "embodied_rl.actors.residual:ResidualActor",
+        "noise": "embodied_rl.actors.noise:NoiseActor",
     },
 )
 ENVS = Registry(

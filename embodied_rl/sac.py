@@ -9,15 +9,10 @@ from torch import Tensor
 
 from embodied_rl.averaging import WeightAverage
 from embodied_rl.config import AlgorithmConfig, Config
-from embodied_rl.interfaces import ActorAdapter, QHead, UpdateEngine
+from embodied_rl.interfaces import ActorAdapter, QHead, UpdateEngine, aggregate
 from embodied_rl.schedules import linear
 from embodied_rl.temperature import Temperature
 from embodied_rl.types import Batch
-
-
-def aggregate(q: Tensor, how: str) -> Tensor:
-    """Reduces Q [K, B] over the critics to [B]."""
-    return q.min(0).values if how == "min" else q.mean(0)
 
 
 class SAC:
@@ -88,7 +83,7 @@ class SAC:
     def _update_critic(self, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
             self.actor.eval()
-            following = self.actor(batch.next_features)
+            following = self.actor.backup(batch.next_features)
         q, next_q = self.q_head.td_pair(
             batch.features.vector, batch.action, batch.next_features.vector, following.action
         )
@@ -107,7 +102,7 @@ class SAC:
         self.actor.train()
         features = batch.features
         sample = self.actor(features)
-        q = self._actor_q(features.vector, sample.action)
+        q = self.value(features.vector, sample.action)
         alpha = self.temperature().detach()
         loss = (alpha * sample.log_prob - q).mean()
         metrics = {"actor/q": q.detach().mean(), "actor/entropy": -sample.log_prob.detach().mean()}
@@ -127,7 +122,8 @@ class SAC:
         metrics["temperature/alpha"] = self.temperature().detach()
         return metrics
 
-    def _actor_q(self, x: Tensor, action: Tensor) -> Tensor:
+    def value(self, x: Tensor, action: Tensor) -> Tensor:
+        """Q [B] of features x [B, D] and actions, as the actor loss aggregates it."""
         how = self.config.actor_agg_q or self.config.agg_q
         return aggregate(self.q_head.score(x, action), how)
 
@@ -144,7 +140,7 @@ class SAC:
             return distance, torch.ones_like(distance)
         x = batch.features.vector
         with torch.no_grad():
-            both = self._actor_q(torch.cat([x, x]), torch.cat([anchor, mode]))
+            both = self.value(torch.cat([x, x]), torch.cat([anchor, mode]))
         better, present = both.chunk(2)
         return distance, (better > present).to(distance.dtype)
 

@@ -29,7 +29,6 @@ def main(args: list[str]) -> int:
     import torch  # after the arguments were checked: a typo should not wait for imports
 
     from embodied_rl import builders
-    from embodied_rl.demonstrations import find_demos
     from embodied_rl.policy import find_policy
     from embodied_rl.stopping import StopRequest
     from embodied_rl.trainer import Trainer
@@ -41,12 +40,9 @@ def main(args: list[str]) -> int:
         print(f"note: {key} has no effect with q_head_type={config.algorithm.q_head_type}")
     if config.policy.path is not None:
         find_policy(config.policy.path)  # fails early, before simulators start
-    demo = config.algorithm.demo
-    if demo.fraction > 0 and find_demos(demo.path, config.policy.path) is None:
-        print(
-            f"note: no demonstrations, so algorithm.demo.fraction={demo.fraction} has no effect; "
-            "name some with algorithm.demo.path"
-        )
+    _, why_no_demos = builders.demo_folder(config)
+    if why_no_demos is not None:
+        print(f"note: {why_no_demos}")
     env = builders.build_env(config.env, config.env.num_envs, device)
     try:
         with StopRequest() as stop:

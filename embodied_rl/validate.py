@@ -60,6 +60,9 @@ RANGES: dict[str, tuple[str, float, float, str]] = {
     "betas": ("[", 0, 1, ")"),
     "initial_std": ("[", 0.01, 1, "]"),
     "average_decay": ("[", 0, 1, ")"),
+    "candidates": ("[", 1, 64, "]"),
+    "noise_bound": ("(", 0, 10, "]"),
+    "noise_std": ("[", 0.01, 2, "]"),
     "residual_scale": ("(", 0, 2, "]"),
     "residual_ramp_steps": ("[", 0, INF, ")"),
     "anchor.weight": ("[", 0, INF, ")"),
@@ -132,11 +135,11 @@ def validate(config: Any) -> None:
             raise UserError(
                 f"{key}={value} has {len(value)} entries. Allowed: two, each in [0, 1)."
             )
+    if isinstance(getattr(config, "env", None), EnvConfig):
+        _check_env(config.env)
     if isinstance(config, Config):
         _check_together(config)
 
-    if isinstance(getattr(config, "env", None), EnvConfig):
-        _check_env(config.env)
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields (dotted key, value) of a nested config object."""
@@ -171,9 +174,6 @@ def _show(bound: float) -> str:
     return "infinity" if math.isinf(bound) else f"{bound:g}"
 
 
-def _check_together(config: Config) -> None:
-    algorithm, replay = config.algorithm, config.algorithm.replay_buffer
-    if replay.min_buffer_size > replay.sample_window_size:
 def _check_env(env: EnvConfig) -> None:
     for key in ("instructions", "obs_keys", "hidden_objects"):
         value = getattr(env, key)
@@ -203,6 +203,9 @@ def _check_env(env: EnvConfig) -> None:
         )
 
 
+def _check_together(config: Config) -> None:
+    algorithm, replay = config.algorithm, config.algorithm.replay_buffer
+    if replay.min_buffer_size > replay.sample_window_size:
         raise UserError(
             f"algorithm.replay_buffer.min_buffer_size={replay.min_buffer_size} is larger than "
             f"algorithm.replay_buffer.sample_window_size={replay.sample_window_size}: training "

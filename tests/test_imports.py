@@ -19,7 +19,7 @@ LAYERS = (
     ("batch_renorm", "schedules", "averaging", "manifest"),
     ("nn",),
     ("backbones", "actors", "q_heads", "replay", "formats", "envs", "distributed"),
-    ("temperature", "sac", "policy", "episode", "guard"),
+    ("temperature", "judge", "sac", "policy", "episode", "guard"),
     (
         "demonstrations",
         "collector",
@@ -38,6 +38,7 @@ LAYERS = (
 WITHIN = {  # (importer, imported) of the same layer
     ("registry", "errors"),
     ("sac", "temperature"),
+    ("policy", "judge"),
     *((command, "cli") for command in ("train", "evaluate", "pretrain", "demos")),
     ("replay.__main__", "cli"),
 }

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tiny_flow import TinyFlow
 
 from embodied_rl.config import Config
 from embodied_rl.errors import UserError
@@ -134,7 +135,8 @@ def make_actor(request, make_config, make_backbone):
         config = make_config("actor.residual_ramp_steps=100", "actor.residual_scale=0.2")
         renorm = config.critic.batch_renorm if request.param else None
         torch.manual_seed(3)
-        return ACTORS.get(name).for_backbone(make_backbone(H), config.actor, renorm)
+        backbone = TinyFlow(D, A, H) if name == "noise" else make_backbone(H)
+        return ACTORS.get(name).for_backbone(backbone, config.actor, renorm)
 
     return make
 
@@ -157,18 +159,19 @@ def perturb(module: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("name", ACTORS.names)
 class TestActor:
-    def test_initial_mode_is_the_base_action(self, name, make_actor, features):
+    def test_initial_mode_is_the_anchor(self, name, make_actor, features):
         limit = BASE_LIMIT.get(name, 1.0)
-        expected = features.base_action.clamp(-limit, limit)
         for training in (False, True):
-            mode = make_actor(name).train(training)(features).mode
+            actor = make_actor(name).train(training)
+            expected = actor.anchor(features).clamp(-limit, limit)
+            mode = actor(features).mode
             torch.testing.assert_close(mode, expected, rtol=0, atol=1e-6)
 
     def test_sample(self, name, make_actor, features):
         actor = make_actor(name).train()
         perturb(actor)
         sample = actor(features)
-        assert sample.action.shape == sample.mode.shape == (B, H, A)
+        assert sample.action.shape == sample.mode.shape == (B, *actor.action_shape)
         assert sample.log_prob.shape == (B,)
         for action in (sample.action, sample.mode):
             assert action.abs().max() <= 1
@@ -212,7 +215,7 @@ class TestActor:
         actor = make_actor(name).eval()
         for env_steps in (0, 50, 10**6):
             action = actor.explore(features, env_steps).action
-            assert action.shape == (B, H, A) and action.abs().max() <= 1
+            assert action.shape == (B, *actor.action_shape) and action.abs().max() <= 1
         torch.manual_seed(5)
         late = actor.explore(features, 10**6).action
         torch.manual_seed(5)

@@ -10,8 +10,8 @@ import torch
 from embodied_rl.builders import build_q_head, build_sac
 from embodied_rl.config import OptimConfig
 from embodied_rl.distributed import LocalEngine
+from embodied_rl.interfaces import aggregate
 from embodied_rl.registry import Q_HEADS
-from embodied_rl.sac import aggregate
 from embodied_rl.schedules import learning_rate, linear
 from embodied_rl.temperature import Temperature
 from embodied_rl.types import Features

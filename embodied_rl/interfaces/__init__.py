@@ -6,7 +6,13 @@ Sizes: B batch, H chunk length, A action size, D feature size, K critics, N envi
 from embodied_rl.interfaces.actor import ActorAdapter
 from embodied_rl.interfaces.backbone import Backbone, FlowBackbone
 from embodied_rl.interfaces.experience import ReplayBuffer, VecEnv
-from embodied_rl.interfaces.learner import QHead, Stateful, Trainable, UpdateEngine
+from embodied_rl.interfaces.learner import (
+    QHead,
+    Stateful,
+    Trainable,
+    UpdateEngine,
+    aggregate,
+)
 
 __all__ = [
     "ActorAdapter",
@@ -18,4 +24,5 @@ __all__ = [
     "Trainable",
     "UpdateEngine",
     "VecEnv",
+    "aggregate",
 ]

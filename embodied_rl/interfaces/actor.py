@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,10 +27,15 @@ class ActorAdapter(nn.Module, ABC):
     Attributes:
         base_samples: chunks of the backbone that an observation needs; see `Backbone.forward`.
         action_shape: of its actions for one observation.
+        acts_as_demonstrated: whether its actions are those of the environment, so that the critic
+            can learn from demonstrations.
+        judge: Q [B] of features [B, D] and actions: for adapters that choose among several.
     """
 
     base_samples: int = 1
     action_shape: tuple[int, int]
+    acts_as_demonstrated: bool = True
+    judge: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -51,6 +57,10 @@ class ActorAdapter(nn.Module, ABC):
     def explore(self, features: Features, env_steps: int) -> ActionSample:
         """Samples the chunk that the collector executes after `env_steps` steps of training."""
         del env_steps
+        return self(features)
+
+    def backup(self, features: Features) -> ActionSample:
+        """Samples the action that the TD target is evaluated at."""
         return self(features)
 
     def decode(self, backbone: Backbone, features: Features, action: Tensor) -> Tensor:

@@ -97,3 +97,8 @@ class UpdateEngine(ABC):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores optimiser moments."""
+
+
+def aggregate(q: Tensor, how: str) -> Tensor:
+    """Reduces Q [K, B] over the critics to [B]: their `how`, min or mean."""
+    return q.min(0).values if how == "min" else q.mean(0)
