@@ -1,0 +1,312 @@
+"""π0 (Black et al. 2024, arXiv 2410.24164): a vision-language model and a flow-matching expert."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PI0ForConditionalGeneration
+
+from embodied_rl.backbones.images import check_resize, to_pixels
+from embodied_rl.backbones.lerobot_folder import read_json
+from embodied_rl.backbones.lerobot_normalise import Normaliser
+from embodied_rl.backbones.pi0_context import Pi0Context
+from embodied_rl.backbones.pi0_inputs import (
+    check_cameras,
+    match_cameras,
+    match_state,
+    state_size,
+    state_vector,
+)
+from embodied_rl.backbones.pi0_network import (
+    CONFIG,
+    build_network,
+    check_dtype,
+    from_lerobot,
+    from_transformers,
+    load_network,
+    network_dict,
+)
+from embodied_rl.backbones.pi0_settings import (
+    PALIGEMMA,
+    Pi0Settings,
+    lerobot_settings,
+    transformers_settings,
+)
+from embodied_rl.backbones.prompts import encode, find_tokenizer, load_tokenizer, pad_prompts
+from embodied_rl.config import PolicyConfig
+from embodied_rl.errors import UserError
+from embodied_rl.interfaces import FlowBackbone
+from embodied_rl.types import EnvSpec, Obs
+
+INSTRUCTION = "instruction"
+
+
+class Pi0Backbone(FlowBackbone):
+    """transformers' π0 with its own preprocessing.
+
+    The prefix (images, instruction) runs once for an observation. Its last hidden state, averaged
+    over each camera and over the text, and the normalised proprioception are the features; its
+    keys and values serve every denoising step of every chunk.
+
+    Args:
+        network: the model.
+        settings: everything around it.
+        dtype: name of its precision.
+        source: folder that the weights came from; None: they are in our own policy folder.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+
+    def __init__(
+        self,
+        network: PI0ForConditionalGeneration,
+        settings: Pi0Settings,
+        dtype: str = "float32",
+        source: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_resize(settings.resize)
+        self.network, self.settings, self.dtype_name, self.source = network, settings, dtype, source
+        self.state = Normaliser(**settings.state)
+        self.action = Normaliser(**settings.action)
+        config: Any = network.config  # its parts are typed as maybe dictionaries
+        self.chunk_size, self.noise_dim = config.chunk_size, config.max_action_dim
+        vision, text = config.vlm_config.vision_config, config.vlm_config.text_config
+        self.image_size: int = vision.image_size
+        self.image_tokens: int = (vision.image_size // vision.patch_size) ** 2
+        self.image_token_id: int = config.vlm_config.image_token_id
+        self.hidden_dim: int = text.hidden_size
+        self.vocabulary: int = text.vocab_size
+        self._connect()
+
+    def _connect(self) -> None:
+        """Takes over cameras, sizes and prompts from the settings."""
+        settings = self.settings
+        self.action_dim = settings.action_dim or self.noise_dim
+        state_dim = settings.state_dim or self.network.config.max_state_dim
+        self.feature_dim = (len(settings.cameras) + 1) * self.hidden_dim + state_dim
+        ids, mask = pad_prompts([prompt for _, prompt in settings.prompts])
+        device = self.network.action_out_proj.weight.device
+        self.register_buffer("prompt_ids", ids.to(device), persistent=False)
+        self.register_buffer("prompt_mask", mask.to(device), persistent=False)
+
+    # ------------------------------------------------------------ computing
+
+    def inputs(self, obs: Obs) -> dict[str, Tensor]:
+        """Preprocesses observations to the arguments of `sample_actions`.
+
+        Absent cameras have no tokens. Prompts are padded to the longest instruction.
+
+        Returns:
+            state [B, S], input_ids [B, P], attention_mask [B, P], pixel_values [B, C, 3, h, h] and
+            pixel_attention_mask [B, C], C cameras.
+        """
+        settings, dtype = self.settings, self.network.dtype
+        state = self._proprioception(obs)
+        state = F.pad(state, (0, self.network.config.max_state_dim - state.shape[-1]))
+        pixels = torch.stack(
+            [to_pixels(obs[key], self.image_size, settings.resize) for _, key in settings.cameras],
+            1,
+        )
+        count, cameras = pixels.shape[:2]
+        if len(settings.prompts) > 1:
+            index = obs[INSTRUCTION].long().flatten()
+        else:
+            index = torch.zeros(count, dtype=torch.int64, device=pixels.device)
+        text, text_mask = self.prompt_ids[index], self.prompt_mask[index]
+        image = text.new_full((count, cameras * self.image_tokens), self.image_token_id)
+        return {
+            "state": state.to(dtype),
+            "input_ids": torch.cat([image, text], 1),
+            "attention_mask": torch.cat([torch.ones_like(image), text_mask], 1),
+            "pixel_values": pixels.to(dtype),
+            "pixel_attention_mask": torch.ones(
+                count, cameras, dtype=torch.bool, device=pixels.device
+            ),
+        }
+
+    def _proprioception(self, obs: Obs) -> Tensor:
+        """The normalised state vector [B, n]."""
+        return self.state.normalise(state_vector(obs, self.settings.state_keys))
+
+    def prefix(self, obs: Obs) -> tuple[Tensor, Pi0Context]:
+        """Encodes images and instruction; features float32 whatever the network's precision."""
+        inputs = self.inputs(obs)
+        model, mask = self.network.model, inputs["attention_mask"]
+        embeds = model.embed_prefix(
+            inputs["input_ids"], inputs["pixel_values"], inputs["pixel_attention_mask"]
+        )
+        encoded = model.vlm(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=mask.cumsum(-1) - 1,
+            token_type_ids=torch.zeros_like(embeds)[:, :, 0],
+            use_cache=True,
+        )
+        layers = encoded.past_key_values.layers
+        context = Pi0Context(
+            tuple(layer.keys for layer in layers),
+            tuple(layer.values for layer in layers),
+            mask,
+            inputs["state"],
+        )
+        hidden = encoded.last_hidden_state.float()
+        cameras = inputs["pixel_values"].shape[1]
+        split = cameras * self.image_tokens
+        seen = hidden[:, :split].unflatten(1, (cameras, self.image_tokens)).mean(2)
+        weight = mask[:, split:, None].to(hidden.dtype)
+        text = (hidden[:, split:] * weight).sum(1) / weight.sum(1)
+        return torch.cat([seen.flatten(1), text, self._proprioception(obs).float()], 1), context
+
+    def velocity(self, context: Pi0Context, noisy: Tensor, time: float) -> Tensor:
+        """Evaluates the velocity field at chunks [B, H, W] and a time in (0, 1].
+
+        Returns:
+            [B, H, W] in the network's precision.
+        """
+        when = torch.full((len(noisy),), time, dtype=torch.float32, device=noisy.device)
+        return self.network(
+            state=context.state,
+            noise=noisy.to(self.network.dtype),
+            timestep=when,
+            attention_mask=context.mask,
+            past_key_values=context.cache(),
+        ).logits
+
+    def integrate(self, context: Pi0Context, noise: Tensor) -> Tensor:
+        """Integrates noise [B, H, W] from time 1 to 0 in Euler steps, as `sample_actions` does.
+
+        The state of the integration keeps the noise's precision.
+        """
+        steps = self.network.config.num_inference_steps
+        change = -1.0 / steps
+        for step in range(steps):
+            noise = noise + change * self.velocity(context, noise, 1.0 + step * change).to(
+                noise.dtype
+            )
+        return noise
+
+    def denoise(self, context: Pi0Context, noise: Tensor) -> Tensor:
+        """Integrates noise and takes the action back to the environment's range."""
+        return self.action.unnormalise(self.integrate(context, noise)[..., : self.action_dim])
+
+    def repeat(self, context: Pi0Context, times: int) -> Pi0Context:
+        """Repeats each row `times` times."""
+        return context.repeat(times)
+
+    # ------------------------------------------------------------ environment
+
+    def check_env(self, spec: EnvSpec) -> None:
+        """Finds cameras and state among the observations, and encodes the instructions.
+
+        An environment without instructions is told its own name.
+
+        Raises:
+            UserError: cameras, state, action or instructions do not fit.
+        """
+        settings, config = self.settings, self.network.config
+        wanted = settings.action_dim or self.action.size
+        if wanted is not None and wanted != spec.action_dim:
+            raise UserError(
+                f"the policy was made for {wanted} action entries, but {spec.name} has "
+                f"{spec.action_dim}. Set env.task and env.control_mode as they were when the "
+                "policy was pretrained."
+            )
+        if spec.action_dim > config.max_action_dim:
+            raise UserError(
+                f"the policy gives at most {config.max_action_dim} action entries, but {spec.name} "
+                f"has {spec.action_dim}. Set env.control_mode."
+            )
+        cameras = match_cameras(dict(settings.cameras), settings.camera_names, spec)
+        expected = settings.state_dim or self.state.size
+        keys = match_state(settings.state_keys, expected, config.max_state_dim, spec)
+        instructions = list(spec.instructions) or [spec.name]
+        if len(instructions) > 1 and INSTRUCTION not in spec.obs:
+            raise UserError(
+                f"{spec.name} has {len(instructions)} instructions, but no observation "
+                f"{INSTRUCTION!r} that tells which one holds, only {', '.join(spec.obs)}."
+            )
+        settings.prompts = self._prompts(instructions)
+        settings.cameras = [list(pair) for pair in cameras]
+        settings.state_keys, settings.state_dim = keys, state_size(keys, spec)
+        settings.action_dim = spec.action_dim
+        self._connect()
+
+    def _prompts(self, instructions: list[str]) -> list[list[Any]]:
+        known = {text: ids for text, ids in self.settings.prompts}
+        new = [text for text in instructions if text not in known]
+        if new:
+            if self.settings.tokenizer is None:
+                raise UserError(
+                    f"the policy knows the instructions {list(known)} and has no tokenizer for "
+                    f"{new}. Set policy.tokenizer."
+                )
+            path = find_tokenizer(Path(), self.settings.tokenizer, PALIGEMMA)
+            tokenizer = load_tokenizer(path)
+            prompts = encode(tokenizer, new, self.settings.max_prompt, self.vocabulary)
+            known.update(zip(new, prompts, strict=True))
+        return [[text, known[text]] for text in instructions]
+
+    # ------------------------------------------------------------ folders
+
+    @classmethod
+    def from_folder(cls, folder: Path, config: PolicyConfig) -> Pi0Backbone:
+        """Loads a transformers or LeRobot folder; the layouts are described in docs/pi0.md.
+
+        Raises:
+            UserError: something in the folder or in `config` does not fit; says what.
+        """
+        dtype = check_dtype(config.dtype)
+        given = read_json(folder / CONFIG)
+        where = str(folder / CONFIG)
+        if given.get("type") == "pi0":
+            network_config = from_lerobot(given, where)
+            settings, tokenizer = lerobot_settings(folder)
+        else:
+            network_config = from_transformers(given, where)
+            settings, tokenizer = transformers_settings(folder), PALIGEMMA
+        cameras = check_cameras(config.cameras, settings.camera_names)
+        settings.cameras = [list(pair) for pair in cameras.items()]
+        settings.state_keys = list(config.state)
+        settings.tokenizer = str(find_tokenizer(folder, config.tokenizer, tokenizer).resolve())
+        load_tokenizer(Path(settings.tokenizer))
+        network = load_network(folder, network_config, dtype)
+        return cls(network, settings, config.dtype, str(folder.resolve()))
+
+    def config_dict(self) -> dict[str, Any]:
+        """Network, precision, source of the weights and settings."""
+        return {
+            "network": network_dict(self.network.config),
+            "dtype": self.dtype_name,
+            "source": self.source,
+            **asdict(self.settings),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Pi0Backbone:
+        """Rebuilds the module: weights from `source`, or random ones where that is null."""
+        settings = dict(config)
+        network_args, dtype_name, source = (
+            settings.pop(key) for key in ("network", "dtype", "source")
+        )
+        network_config = from_transformers(network_args, "the policy's config")
+        dtype = check_dtype(dtype_name)
+        if source is None:
+            network = build_network(network_config, dtype)
+        else:
+            network = load_network(Path(source), network_config, dtype)
+        return cls(network, Pi0Settings(**settings), dtype_name, source)
+
+    @classmethod
+    def for_env(cls, spec: EnvSpec) -> Pi0Backbone:
+        """Refuses: 3.5 billion random weights learn nothing from rewards."""
+        raise UserError(
+            f"policy.backbone=pi0 cannot be trained from scratch on {spec.name}. Set policy.path "
+            "to a π0 folder (LeRobot's or transformers' layout)."
+        )
