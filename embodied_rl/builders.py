@@ -18,11 +18,13 @@ from embodied_rl.judge import Judge
 from embodied_rl.policy import Policy
 from embodied_rl.registry import ACTORS, BACKBONES, ENVS, Q_HEADS
 from embodied_rl.replay.buffer import TrajectoryReplay
-from embodied_rl.replay.mixed import MixedReplay
+from embodied_rl.replay.mixed import MixedReplay, concatenate_features
 from embodied_rl.replay.store import TrajectoryStore
 from embodied_rl.sac import SAC
 from embodied_rl.temperature import Temperature
+from embodied_rl.trained_backbone import TrainedBackbone
 from embodied_rl.types import EnvSpec, Features, Obs
+from embodied_rl.unfreeze import describe, unfreeze
 
 # what `evaluate` must know to score a policy where it was trained
 ENV_KEYS = (
@@ -82,7 +84,16 @@ def build_policy(config: Config, spec: EnvSpec, device: torch.device) -> Policy:
         backbone, backbone_type = loaded.backbone, loaded.backbone_type
         actor, actor_type = loaded.actor, loaded.actor_type
     backbone.check_env(spec)
-    backbone.requires_grad_(False)
+    already = None if config.policy.path is None else loaded.trained
+    if already is None:
+        unfreeze(backbone, config.policy)
+    elif describe(config.policy) != already:
+        same = " ".join(f"policy.{key}={value}" for key, value in already.items())
+        raise UserError(
+            f"policy.trainable={config.policy.trainable}, but the backbone in {config.policy.path} "
+            f"was trained already. Go on in the same way: {same}; or start from its pretrained "
+            "policy."
+        )
     if actor is None:
         actor_type = config.actor.type
         renorm = config.critic.batch_renorm if config.actor.batch_renorm else None
@@ -94,7 +105,9 @@ def build_policy(config: Config, spec: EnvSpec, device: torch.device) -> Policy:
         )
     env = {key: getattr(config.env, key) for key in ENV_KEYS}
     execute = config.rollout.execute_steps
-    return Policy(backbone, backbone_type, actor, actor_type, env, execute).to(device)
+    policy = Policy(backbone, backbone_type, actor, actor_type, env, execute)
+    policy.trained = describe(config.policy)
+    return policy.to(device)
 
 
 def build_q_head(config: Config, policy: Policy, device: torch.device) -> QHead:
@@ -117,7 +130,9 @@ def build_sac(config: Config, policy: Policy, q_head: QHead, device: torch.devic
     temperature = Temperature(tuning.alpha_type, tuning.initial_alpha, target, tuning.objective).to(
         device
     )
-    sac = SAC(policy.actor, q_head, temperature, LocalEngine(), config)
+    engine, trained = LocalEngine(), policy.trained_parameters()
+    backbone = TrainedBackbone(policy.backbone, trained, engine, config.policy) if trained else None
+    sac = SAC(policy.actor, q_head, temperature, engine, config, backbone)
     if policy.actor.base_samples > 1:  # after its copy for averaging was made
         described = Judge.describe(
             config.critic, config.algorithm, policy.backbone.feature_dim, policy.actor.action_shape
@@ -127,11 +142,18 @@ def build_sac(config: Config, policy: Policy, q_head: QHead, device: torch.devic
     return sac
 
 
-def build_encoder(policy: Policy, device: torch.device) -> Callable[[Obs], Features]:
-    """Returns the backbone's forward for raw observations from replay."""
+def build_encoder(
+    policy: Policy, device: torch.device, rows: int | None = None
+) -> Callable[[Obs], Features]:
+    """Returns the backbone's forward for raw observations from replay, `rows` at a time."""
 
     def encode(obs: Obs) -> Features:
-        return policy.encode({k: v.to(device) for k, v in obs.items()})
+        count = len(next(iter(obs.values())))
+        pieces = [
+            policy.encode({k: v[i : i + (rows or count)].to(device) for k, v in obs.items()})
+            for i in range(0, count, rows or count)
+        ]
+        return concatenate_features(pieces)
 
     return encode
 
@@ -165,7 +187,7 @@ def build_replay(
 ) -> ReplayBuffer:
     """Builds the online buffer on disk and, where there are any, mixes in demonstrations."""
     algorithm = config.algorithm
-    encode = build_encoder(policy, device)
+    encode = build_encoder(policy, device, config.policy.micro_batch)
     meta = {}
     if config.policy.cache_features:
         meta["fingerprint"] = policy.backbone.fingerprint()

@@ -43,6 +43,18 @@ class EnvConfig:
 
 
 @dataclass
+class OptimConfig:
+    """One module's optimiser."""
+
+    lr: float = 3e-4
+    lr_scheduler: str = "torch_constant"  # torch_constant | linear | cosine
+    final_lr: float = 0.0  # where linear and cosine end
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 0.0
+    clip_grad: Optional[float] = None  # gradient norm bound; null: none
+
+
+@dataclass
 class PolicyConfig:
     """The pretrained policy that finetuning starts from."""
 
@@ -55,6 +67,14 @@ class PolicyConfig:
     state: list[str] = field(default_factory=list)  # observation keys of its state, in order
     tokenizer: Optional[str] = None  # folder or tokenizer.json; null: in the policy's folder
     dtype: str = "float32"  # float32 | bfloat16 | float16: precision of the backbone
+    # which weights of the pretrained policy the critic's loss trains too (needs
+    # cache_features=false): none | lora | last (the last `last_blocks` blocks) | full
+    trainable: str = "none"
+    lora_rank: int = 16
+    last_blocks: int = 1
+    micro_batch: Optional[int] = None  # observations encoded at a time in updates; null: all
+    gradient_checkpointing: bool = False
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, clip_grad=1.0))
 
 
 @dataclass
@@ -74,18 +94,6 @@ class BatchRenormConfig:
     form: str = "unfolded"  # unfolded | folded: r and d inside the root (sb3-contrib, sbx)
     on_input: bool = True  # normalise the network's input too; false: SLM-Lab
     order: str = "after"  # after | before the activation (SLM-Lab)
-
-
-@dataclass
-class OptimConfig:
-    """One module's optimiser."""
-
-    lr: float = 3e-4
-    lr_scheduler: str = "torch_constant"  # torch_constant | linear | cosine
-    final_lr: float = 0.0  # where linear and cosine end
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    weight_decay: float = 0.0
-    clip_grad: Optional[float] = None  # gradient norm bound; null: none
 
 
 @dataclass
@@ -278,12 +286,25 @@ class EvaluateConfig:
 
 
 @dataclass
+class SmallVLAConfig:
+    """The backbone small_vla: frozen towers and the sizes of its head."""
+
+    vision: str = "efficientnet_lite0"  # or the folder of a transformers vision encoder or VLM
+    text: str = "minilm"  # or the folder of a transformers text encoder or VLM
+    keypoints: int = 32  # points that each camera's map is reduced to
+    summary: int = 32  # numbers for the map as a whole, beside the points
+    text_dim: int = 16  # numbers for the instruction
+    denoise_steps: int = 8  # from noise to an action chunk
+
+
+@dataclass
 class PretrainConfig:
     """Everything `python -m embodied_rl.pretrain` reads."""
 
     data: Optional[str] = None  # demonstration folder or ManiSkill .h5 file
     out: str = "policies/bc"  # where the policy folder is written
-    backbone: str = "state"
+    backbone: str = "state"  # state | small_vla
+    small_vla: SmallVLAConfig = field(default_factory=SmallVLAConfig)
     hidden: list[int] = field(default_factory=lambda: [256, 256, 256])
     chunk_size: int = 1  # actions per decision
     max_trajectories: Optional[int] = None  # use only the first ones

@@ -5,7 +5,7 @@ The only module that may import accelerate, deepspeed or torch.distributed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -55,10 +55,20 @@ class LocalEngine(UpdateEngine):
         self._trainables[name] = LocalTrainable(name, parameters, config)
         return self._trainables[name]
 
-    def step(self, trainable: Trainable, loss: Tensor) -> Tensor:
-        """Backward into this trainable's own parameters only, clip, step."""
+    def step(
+        self, trainable: Trainable, loss: Tensor | Iterable[Tensor], inputs: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """Backward into this trainable's own parameters and `inputs` only, clip, step."""
         assert isinstance(trainable, LocalTrainable)
-        gradients = torch.autograd.grad(loss, trainable.parameters)
+        wanted = [*trainable.parameters, *inputs]
+        gradients: list[Tensor] = []
+        for part in [loss] if isinstance(loss, Tensor) else loss:
+            found = torch.autograd.grad(part, wanted)
+            if gradients:
+                found = [a + b for a, b in zip(gradients, found, strict=True)]
+            gradients = list(found)
+        for value in inputs[::-1]:
+            value.grad = gradients.pop()
         for parameter, gradient in zip(trainable.parameters, gradients, strict=True):
             parameter.grad = gradient
         norm = torch.nn.utils.get_total_norm(gradients)

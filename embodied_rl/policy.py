@@ -18,6 +18,7 @@ from embodied_rl.judge import Judge
 from embodied_rl.manifest import Damaged, check_file, describe
 from embodied_rl.registry import ACTORS, BACKBONES, LAYOUTS
 from embodied_rl.types import Features, Obs
+from embodied_rl.unfreeze import unfreeze
 
 FORMAT, VERSION = "embodied_rl.policy", 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -52,6 +53,7 @@ class Policy(nn.Module):
         self.actor, self.actor_type = actor, actor_type
         self.env = env or {}
         self.judge = judge
+        self.trained: dict[str, Any] | None = None  # how training changed the backbone
         if actor is not None and judge is not None:
             actor.judge = judge.forward  # not the module: it is no part of the actor
         self.execute_steps = min(execute_steps or backbone.chunk_size, backbone.chunk_size)
@@ -60,9 +62,15 @@ class Policy(nn.Module):
         """Returns the policy with another actor on the same backbone, or with none."""
         kind = None if actor is None else self.actor_type
         judge = None if actor is None else self.judge
-        return Policy(
+        policy = Policy(
             self.backbone, self.backbone_type, actor, kind, self.env, self.execute_steps, judge
         )
+        policy.trained = self.trained
+        return policy
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Those of the backbone's parameters that training moves."""
+        return [p for p in self.backbone.parameters() if p.requires_grad] if self.trained else []
 
     @torch.no_grad()
     def act(
@@ -100,10 +108,13 @@ class Policy(nn.Module):
             return action
         return self.actor.decode(self.backbone, features, action)
 
-    def _trained(self) -> nn.Module:
-        """What a folder must hold where the backbone's weights stay in their own folder."""
-        parts = {"actor": self.actor, "judge": self.judge}
-        return nn.ModuleDict({k: v for k, v in parts.items() if v is not None})
+    def _elsewhere(self) -> set[str]:
+        """Weights that a policy folder leaves in the backbone's own folder, by name."""
+        if self.backbone.source is None:
+            return set()
+        moved = {id(p) for p in self.trained_parameters()}
+        names = {f"backbone.{name}" for name in self.backbone.state_dict()}
+        return names - {n for n, p in self.named_parameters() if id(p) in moved}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors."""
@@ -118,11 +129,13 @@ class Policy(nn.Module):
             "backbone": {"type": self.backbone_type, **self.backbone.config_dict()},
             "actor": actor,
             "judge": None if self.judge is None else self.judge.config_dict(),
+            "trained": self.trained,
             "env": self.env,
             "execute_steps": self.execute_steps,
         }
-        part = self if self.backbone.source is None else self._trained()
-        weights = {k: v.detach().cpu().contiguous() for k, v in part.state_dict().items()}
+        left = self._elsewhere()
+        state = {k: v for k, v in self.state_dict().items() if k not in left}
+        weights = {k: v.detach().cpu().contiguous() for k, v in state.items()}
         save_file(weights, folder / WEIGHTS)
         config["weights"] = describe(folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -158,7 +171,10 @@ class Policy(nn.Module):
                 actor_args = dict(config["actor"])
                 actor_type = actor_args.pop("type")
                 actor = ACTORS.get(actor_type).from_config(actor_args)
-            judge = config.get("judge")  # earlier versions wrote none
+            trained = config.get("trained")  # earlier versions wrote neither
+            if trained is not None:
+                unfreeze(backbone, PolicyConfig(**trained))
+            judge = config.get("judge")
             policy = cls(
                 backbone,
                 backbone_type,
@@ -168,6 +184,7 @@ class Policy(nn.Module):
                 config["execute_steps"],
                 None if judge is None else Judge.from_config(judge),
             )
+            policy.trained = trained
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"{folder / CONFIG} does not describe a policy ({type(error).__name__}: {error}). "
@@ -175,8 +192,10 @@ class Policy(nn.Module):
             ) from None
         weights = _read_weights(folder, config)
         try:
-            part = policy if backbone.source is None else policy._trained()
-            part.load_state_dict(weights)
+            missing, unexpected = policy.load_state_dict(weights, strict=False)
+            wrong = [*(set(missing) - policy._elsewhere()), *unexpected]
+            if wrong:
+                raise RuntimeError(f"missing or unexpected: {', '.join(sorted(wrong))}.")
         except RuntimeError as error:
             raise UserError(f"{folder}: weights and config.json do not agree. {error}") from None
         return policy

@@ -12,6 +12,7 @@ from embodied_rl.config import AlgorithmConfig, Config
 from embodied_rl.interfaces import ActorAdapter, QHead, UpdateEngine, aggregate
 from embodied_rl.schedules import linear
 from embodied_rl.temperature import Temperature
+from embodied_rl.trained_backbone import TrainedBackbone
 from embodied_rl.types import Batch
 
 
@@ -24,6 +25,7 @@ class SAC:
         temperature: entropy coefficient.
         engine: takes the optimiser steps.
         config: the run's config.
+        backbone: the part of the pretrained policy that the critic's loss trains; None: frozen.
     """
 
     def __init__(
@@ -33,10 +35,11 @@ class SAC:
         temperature: Temperature,
         engine: UpdateEngine,
         config: Config,
+        backbone: TrainedBackbone | None = None,
     ) -> None:
         self.config: AlgorithmConfig = config.algorithm
         self.actor, self.q_head, self.temperature = actor, q_head, temperature
-        self.engine = engine
+        self.engine, self.backbone = engine, backbone
         self.average = WeightAverage(actor, config.actor.average_decay)
         self.critic_updates = 0
         self._critic = engine.attach("critic", q_head.critic_parameters(), config.critic.optim)
@@ -84,19 +87,26 @@ class SAC:
         with torch.no_grad():
             self.actor.eval()
             following = self.actor.backup(batch.next_features)
+        x = batch.features.vector
+        if self.backbone is not None:
+            x = x.detach().requires_grad_()
         q, next_q = self.q_head.td_pair(
-            batch.features.vector, batch.action, batch.next_features.vector, following.action
+            x, batch.action, batch.next_features.vector, following.action
         )
         target = self.td_target(batch, next_q, following.log_prob)
         loss = 0.5 * (q - target).square().mean(1).sum()
-        norm = self.engine.step(self._critic, loss)
+        norm = self.engine.step(self._critic, loss, [x] if x.requires_grad else [])
         self.q_head.after_update()
-        return {
+        metrics = {
             "critic/loss": loss.detach(),
             "critic/q": q.detach().mean(),
             "critic/target": target.mean(),
             "critic/grad_norm": norm,
         }
+        if self.backbone is not None:
+            assert batch.obs is not None and x.grad is not None
+            metrics["backbone/grad_norm"] = self.backbone.step(batch.obs, x.grad)
+        return metrics
 
     def _update_actor(self, batch: Batch, anchor_weight: float) -> dict[str, Tensor]:
         self.actor.train()
@@ -153,6 +163,7 @@ class SAC:
             "temperature": self.temperature.state_dict(),
             "engine": self.engine.state_dict(),
             "critic_updates": self.critic_updates,
+            "backbone": None if self.backbone is None else self.backbone.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -163,3 +174,5 @@ class SAC:
         self.temperature.load_state_dict(state["temperature"])
         self.engine.load_state_dict(state["engine"])
         self.critic_updates = int(state["critic_updates"])
+        if self.backbone is not None:
+            self.backbone.load_state_dict(state["backbone"])

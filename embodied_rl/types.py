@@ -83,6 +83,7 @@ class Batch:
         reward: [B] discounted sum of the chunk's (or n-step) rewards.
         discount: [B] gamma to the number of environment steps, zero where the bootstrap is cut.
         is_demo: [B] bool, rows that came from the demonstration buffer.
+        obs: the observations behind `features`, where features are made anew for each batch.
     """
 
     features: Features
@@ -91,6 +92,7 @@ class Batch:
     reward: Tensor
     discount: Tensor
     is_demo: Tensor
+    obs: Obs | None = None
 
     def __len__(self) -> int:
         return int(self.reward.shape[0])
@@ -116,6 +118,12 @@ class Trajectory:
     def length(self) -> int:
         """T, the number of decisions."""
         return int(self.fields["action"].shape[0]) - 1
+
+    @property
+    def labels(self) -> Tensor:
+        """What to imitate [T, A]: the expert's own choice, where recorded, or what was executed."""
+        label = self.fields["expert_action" if "expert_action" in self.fields else "action"]
+        return label[: self.length, 0]
 
     @property
     def nbytes(self) -> int:

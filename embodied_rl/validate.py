@@ -17,6 +17,8 @@ CHOICES: dict[str, list[str]] = {
     "backbone": BACKBONES.names,
     "actor.type": ACTORS.names,
     "algorithm.q_head_type": Q_HEADS.names,
+    "policy.trainable": ["none", "lora", "last", "full"],
+    "policy.dtype": ["float32", "bfloat16", "float16"],
     "critic.batch_renorm.variance": ["biased", "unbiased"],
     "critic.batch_renorm.form": ["unfolded", "folded"],
     "critic.batch_renorm.order": ["after", "before"],
@@ -34,7 +36,13 @@ CHOICES: dict[str, list[str]] = {
     "eval.metric": ["success_once", "success_at_end", "return"],
     **{
         f"{owner}.lr_scheduler": ["torch_constant", "linear", "cosine"]
-        for owner in ("critic.optim", "actor.optim", "algorithm.entropy_tuning.optim", "optim")
+        for owner in (
+            "policy.optim",
+            "critic.optim",
+            "actor.optim",
+            "algorithm.entropy_tuning.optim",
+            "optim",
+        )
     },
 }
 
@@ -51,6 +59,9 @@ RANGES: dict[str, tuple[str, float, float, str]] = {
     "d_max": ("[", 0, INF, ")"),
     "warmup_steps": ("[", 0, INF, ")"),
     "ramp_steps": ("[", 0, INF, ")"),
+    "lora_rank": ("[", 1, 1024, "]"),
+    "last_blocks": ("[", 1, INF, ")"),
+    "micro_batch": ("[", 1, INF, ")"),
     "lr": ("[", 0, 1, "]"),
     "final_lr": ("[", 0, 1, "]"),
     "weight_decay": ("[", 0, 1, "]"),
@@ -105,6 +116,10 @@ RANGES: dict[str, tuple[str, float, float, str]] = {
     "validation_fraction": ("[", 0, 1, ")"),
     "max_trajectories": ("[", 1, INF, ")"),
     "episodes": ("[", 1, 100_000, "]"),
+    "keypoints": ("[", 1, 1024, "]"),
+    "summary": ("[", 1, 4096, "]"),
+    "text_dim": ("[", 1, 4096, "]"),
+    "denoise_steps": ("[", 1, 1000, "]"),
     "noise": ("[", 0, 2, "]"),
     "max_steps_multiple": ("[", 1, INF, ")"),
     "steps": ("[", 1, INF, ")"),
@@ -226,6 +241,13 @@ def _check_together(config: Config) -> None:
         raise UserError(
             f"eval.seed={first} and eval.final_seed={config.eval.final_seed} overlap over "
             f"eval.episodes={config.eval.episodes}: the closing comparison would not be held out."
+        )
+    policy = config.policy
+    if policy.trainable != "none" and policy.cache_features:
+        raise UserError(
+            f"policy.trainable={policy.trainable} with policy.cache_features=true: stored features "
+            "would be those of weights that have changed since. Set policy.cache_features=false, "
+            "or policy.trainable=none."
         )
     if algorithm.demo.path is not None and algorithm.demo.fraction == 0:
         raise UserError(

@@ -22,11 +22,12 @@ class TinyFlow(FlowBackbone):
         self.net = nn.Sequential(
             nn.Linear(state_dim + size + 1, 16), nn.Tanh(), nn.Linear(16, size)
         )
+        self.encoder = nn.Sequential(nn.Linear(state_dim, 8), nn.Tanh(), nn.Linear(8, state_dim))
         self.encoded, self.denoised = 0, 0  # rows that went through
 
     def prefix(self, obs):
         self.encoded += len(obs["state"])
-        vector = torch.tanh(obs["state"].float())
+        vector = torch.tanh(self.encoder(obs["state"].to(self.encoder[0].weight.dtype)))
         return vector, vector
 
     def denoise(self, context, noise):
@@ -40,6 +41,9 @@ class TinyFlow(FlowBackbone):
 
     def repeat(self, context, times):
         return context.repeat_interleave(times, 0)
+
+    def blocks(self):
+        return [self.encoder[0], self.encoder[2]]
 
     def check_env(self, spec):
         if "state" not in spec.obs or spec.action_dim != self.action_dim:

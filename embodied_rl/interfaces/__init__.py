@@ -6,6 +6,7 @@ Sizes: B batch, H chunk length, A action size, D feature size, K critics, N envi
 from embodied_rl.interfaces.actor import ActorAdapter
 from embodied_rl.interfaces.backbone import Backbone, FlowBackbone
 from embodied_rl.interfaces.experience import ReplayBuffer, VecEnv
+from embodied_rl.interfaces.imitation import Imitator
 from embodied_rl.interfaces.learner import (
     QHead,
     Stateful,
@@ -18,6 +19,7 @@ __all__ = [
     "ActorAdapter",
     "Backbone",
     "FlowBackbone",
+    "Imitator",
     "QHead",
     "ReplayBuffer",
     "Stateful",

@@ -73,6 +73,24 @@ class Backbone(nn.Module, ABC):
         del config
         raise UserError(f"{folder}: {cls.__name__} loads embodied_rl policy folders only.")
 
+    def blocks(self) -> list[nn.Module]:
+        """The parts between observation and features, in that order: what finetuning may change.
+
+        `policy.trainable=full` takes all of them, `last` the last ones, `lora` their linear layers.
+        """
+        return []
+
+    def enable_checkpointing(self) -> None:
+        """Recomputes activations in the backward pass instead of keeping them.
+
+        Raises:
+            UserError: this backbone cannot.
+        """
+        raise UserError(
+            f"policy.gradient_checkpointing=true: {type(self).__name__} has no such mode. Lower "
+            "policy.micro_batch instead."
+        )
+
     @abstractmethod
     def config_dict(self) -> dict[str, Any]:
         """JSON-able arguments that rebuild the (untrained) module."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -83,8 +83,20 @@ class UpdateEngine(ABC):
         """Builds an optimiser over `parameters` as `config` (an OptimConfig) says."""
 
     @abstractmethod
-    def step(self, trainable: Trainable, loss: Tensor) -> Tensor:
-        """Takes one optimiser step on `loss`; returns the gradient norm before clipping."""
+    def step(
+        self, trainable: Trainable, loss: Tensor | Iterable[Tensor], inputs: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """Takes one optimiser step.
+
+        Args:
+            trainable: whose parameters move.
+            loss: scalar; or several, made one after the other, whose sum is meant: each one's graph
+                is gone before the next is made.
+            inputs: tensors whose `.grad` is wanted too.
+
+        Returns:
+            The gradient norm of the parameters before clipping.
+        """
 
     @abstractmethod
     def set_progress(self, progress: float) -> None:

@@ -134,25 +134,19 @@ class TrajectoryReplay(ReplayBuffer):
         pin = self.config.replay_buffer.pin_memory and self.device.type == "cuda"
         here, after = {}, {}
         for name, value in rows.items():
-            source = value.pin_memory() if pin and value.device.type == "cpu" else value
             into, key = (after, name[5:]) if name.startswith("next.") else (here, name)
-            into[key] = source.to(self.device, non_blocking=pin)
+            if value.device != self.device:
+                source = value.pin_memory() if pin else value
+                value = source.to(self.device, non_blocking=pin)
+            into[key] = value
         demo = torch.full((len(here["reward"]),), self.is_demo, device=self.device)
-        return Batch(
-            self._features(here),
-            self._features(after),
-            here["action"],
-            here["reward"],
-            here["discount"],
-            demo,
-        )
-
-    def _features(self, fields: dict[str, Tensor]) -> Features:
-        stored = Features.from_fields(fields)
-        if stored is not None:
-            return stored
-        obs = {k: v for k, v in fields.items() if k.startswith("obs.")}
-        return self._encode({k.removeprefix("obs."): v for k, v in obs.items()})
+        features, following = Features.from_fields(here), Features.from_fields(after)
+        obs = None
+        if features is None or following is None:
+            obs = _observations(here)
+            features, following = self._encode(obs), self._encode(_observations(after))
+        rest = (here["action"], here["reward"], here["discount"])
+        return Batch(features, following, *rest, demo, obs)
 
     def _writable(self) -> TrajectoryStore:
         if not isinstance(self.store, TrajectoryStore):
@@ -202,3 +196,7 @@ class TrajectoryReplay(ReplayBuffer):
         self._forget_ahead(rewind=True)
         if self.store is not None:
             self.store.close()
+
+
+def _observations(fields: Mapping[str, Tensor]) -> Obs:
+    return {k.removeprefix("obs."): v for k, v in fields.items() if k.startswith("obs.")}

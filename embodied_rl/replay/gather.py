@@ -17,7 +17,7 @@ from embodied_rl.replay.reader import LostError, StoreReader
 from embodied_rl.types import PREFIX
 
 HUGE = 4 * 2**20  # bytes from which numpy asks for huge pages
-RETURN = ("reward", "discount")
+OUTCOME = "outcome"  # return and discount, side by side: one gather
 
 
 @dataclass
@@ -80,13 +80,16 @@ class TransitionReader:
         """Transitions that start at the given rows of the cache: one gather per field."""
         assert self.cache is not None
         fields = self.cache.fields
-        here = torch.from_numpy(rows).to(self.cache.device)
-        after = here + fields["ahead"].index_select(0, here)
-        both = torch.cat([here, after])
-        out = {name: _take(fields[name], here) for name in ("action", *RETURN)}
+        count = len(rows)
+        both = torch.from_numpy(np.concatenate([rows, rows + 1])).to(self.cache.device)
+        here = both[:count]
+        if self.config.n_step > 1:  # else it is the next row
+            both[count:] = here + fields["ahead"].index_select(0, here)
+        reward, discount = _take(fields[OUTCOME], here).unbind(1)
+        out = {"action": _take(fields["action"], here), "reward": reward, "discount": discount}
         for name in self._observation_names:
             value = _take(fields[name], both)
-            out[name], out[f"next.{name}"] = value[: len(rows)], value[len(rows) :]
+            out[name], out[f"next.{name}"] = value[:count], value[count:]
         return out
 
     def _stored(
@@ -108,8 +111,13 @@ class TransitionReader:
     def admit(self, number: int, fields: Mapping[str, Tensor]) -> None:
         """Brings a trajectory into memory; returns take the place of what makes them."""
         if self.cache is not None:
-            kept = _sampled_fields(fields) | returns.of_trajectory(fields, self.config)
-            del kept["steps"], kept["terminated"]
+            made = returns.of_trajectory(fields, self.config)
+            kept = _sampled_fields(fields)
+            for name in returns.FIELDS:
+                del kept[name]
+            kept[OUTCOME] = torch.stack([made["reward"], made["discount"]], 1)
+            if self.config.n_step > 1:
+                kept["ahead"] = made["ahead"]
             self.cache.admit(number, kept)
 
     def fill(self) -> None:
@@ -155,7 +163,7 @@ def _take(field: Tensor, rows: Tensor) -> Tensor:
     A large result on the CPU goes into memory that numpy allocates: it asks the system for huge
     pages, without which most of the time is spent on page faults (5x at 12 MB).
     """
-    size = len(rows) * field[0].numel() * field.element_size()
+    size = len(rows) * field.stride(0) * field.element_size()  # rows are contiguous
     if field.device.type != "cpu" or size < HUGE:
         return field.index_select(0, rows)
     out = torch.from_numpy(np.empty(size, np.uint8)).view(field.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from embodied_rl.interfaces import ReplayBuffer
 from embodied_rl.replay.buffer import TrajectoryReplay
-from embodied_rl.types import Batch, Features, Trajectory
+from embodied_rl.types import Batch, Features, Obs, Trajectory
 
 
 class MixedReplay(ReplayBuffer):
@@ -69,17 +69,23 @@ def concatenate(batches: list[Batch]) -> Batch:
         return torch.cat([pick(b) for b in batches])
 
     return Batch(
-        _join([b.features for b in batches]),
-        _join([b.next_features for b in batches]),
+        concatenate_features([b.features for b in batches]),
+        concatenate_features([b.next_features for b in batches]),
         join(lambda b: b.action),
         join(lambda b: b.reward),
         join(lambda b: b.discount),
         join(lambda b: b.is_demo),
+        _join_obs([b.obs for b in batches if b.obs is not None]),
     )
 
 
-def _join(parts: list[Features]) -> Features:
+def concatenate_features(parts: list[Features]) -> Features:
+    """Joins features along their rows, without context."""
     fields = [part.tensors() for part in parts]
     joined = Features.from_fields({k: torch.cat([f[k] for f in fields]) for k in fields[0]})
     assert joined is not None
     return joined
+
+
+def _join_obs(parts: list[Obs]) -> Obs | None:
+    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]} if parts else None

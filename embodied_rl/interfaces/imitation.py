@@ -1,0 +1,59 @@
+"""Backbones that `embodied_rl.pretrain` can build and train."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from embodied_rl.interfaces.backbone import Backbone
+from embodied_rl.types import Obs, Trajectory
+
+if TYPE_CHECKING:
+    from embodied_rl.config import PretrainConfig
+
+
+class Imitator(Backbone, ABC):
+    """A backbone that learns from demonstrations."""
+
+    @classmethod
+    @abstractmethod
+    def for_demos(
+        cls,
+        trajectories: Sequence[Trajectory],
+        instructions: Sequence[str],
+        config: PretrainConfig,
+    ) -> Imitator:
+        """Builds an untrained backbone for what demonstrations show.
+
+        Args:
+            trajectories: the training ones; normalisation comes from them.
+            instructions: what their `obs.instruction`, an index, stands for.
+            config: sizes.
+
+        Raises:
+            UserError: the demonstrations lack what it reads.
+        """
+
+    @abstractmethod
+    def inputs(self, obs: Obs) -> Obs:
+        """What `imitation_loss` reads of observations [B, ...].
+
+        Whatever no training step changes (the features of a frozen tower) is computed here, once
+        for every demonstrated step.
+        """
+
+    @abstractmethod
+    def imitation_loss(
+        self, inputs: Obs, chunks: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Returns the mean loss (scalar) of proposing the demonstrated chunks [B, H, A].
+
+        Args:
+            inputs: rows of what `inputs` returned.
+            chunks: the actions demonstrated from there on.
+            generator: draws whatever noise the loss needs, on the CPU.
+        """
