@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from tiny_flow import TinyFlow
 
 from embodied_rl.backbones.state import StateBackbone
 from embodied_rl.builders import build_env, build_policy, build_q_head, build_sac
@@ -14,6 +15,7 @@ from embodied_rl.config import Config
 from embodied_rl.interfaces import Backbone
 from embodied_rl.load_config import load_config
 from embodied_rl.policy import Policy
+from embodied_rl.registry import BACKBONES
 from embodied_rl.replay.store import TrajectoryStore
 from embodied_rl.sac import SAC
 from embodied_rl.types import ArraySpec, Batch, EnvSpec, Features, Trajectory
@@ -289,6 +291,16 @@ class Scripted(Backbone):
     @classmethod
     def for_env(cls, spec):
         raise NotImplementedError
+
+
+@pytest.fixture
+def flow_folder(monkeypatch, tmp_path):
+    """The folder of a small flow policy with chunks of three, whose type is registered."""
+    table = {**BACKBONES._table, "tiny_flow": "tiny_flow:TinyFlow"}
+    monkeypatch.setattr(BACKBONES, "_table", table)
+    torch.manual_seed(4)
+    Policy(TinyFlow(4, 2, 3), "tiny_flow").save_pretrained(tmp_path / "flow")
+    return tmp_path / "flow"
 
 
 @pytest.fixture

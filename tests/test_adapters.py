@@ -6,7 +6,6 @@ import pytest
 import torch
 from tiny_flow import TinyFlow
 
-from embodied_rl import registry
 from embodied_rl.builders import build_env, build_policy, build_q_head, build_sac, demo_folder
 from embodied_rl.errors import UserError
 from embodied_rl.policy import Policy
@@ -32,15 +31,8 @@ def obs():
 
 
 @pytest.fixture
-def registered(monkeypatch):
-    table = {**registry.BACKBONES._table, "tiny_flow": "tiny_flow:TinyFlow"}
-    monkeypatch.setattr(registry.BACKBONES, "_table", table)
-
-
-@pytest.fixture
-def folder(registered, flow, tmp_path):
-    Policy(flow, "tiny_flow").save_pretrained(tmp_path / "flow")
-    return tmp_path / "flow"
+def folder(flow_folder):
+    return flow_folder
 
 
 # ---------------------------------------------------------------- the backbone's contract

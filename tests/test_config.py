@@ -426,6 +426,8 @@ OUTSIDE_THE_TRAINER = {
     "env.sim_backend",
     "env.worker_timeout",
     *(f"algorithm.{key}" for key in ACCEPT_ONLY),
+    # read when the policy is a folder in another project's layout: tests/test_pi0.py
+    *(f"policy.{key}" for key in ("cameras", "dtype", "state", "tokenizer")),
 }
 
 
@@ -449,19 +451,27 @@ def spy(config, seen: set[str], prefix: str = ""):
     return Spy(**values)
 
 
-def test_a_run_reads_every_key(make_config, tmp_path, fake_demos):
-    """Dynamic counterpart of the AST test: the trainer on the fake env, all heads and actors."""
+def test_a_run_reads_every_key(make_config, tmp_path, fake_demos, flow_folder):
+    """Dynamic counterpart of the AST test: the trainer on the fake env, all heads and actors.
+
+    The third run trains its backbone, which none of the others may.
+    """
     from embodied_rl.builders import build_env, build_policy
     from embodied_rl.stopping import StopRequest
     from embodied_rl.trainer import Trainer
 
     seen: set[str] = set()
-    for head, actor in zip(Q_HEADS.names, ACTORS.names, strict=True):
+    demos = ("algorithm.demo.fraction=0.25", f"algorithm.demo.path={fake_demos}")
+    steered = ("algorithm.demo.fraction=0", f"policy.path={flow_folder}")
+    steered += ("policy.cache_features=false", "policy.trainable=lora")
+    runs = [("crossq", "gaussian", demos), ("default", "residual", demos)]
+    runs.append(("crossq", "noise", steered))
+    assert {r[0] for r in runs} == set(Q_HEADS.names) and {r[1] for r in runs} == set(ACTORS.names)
+    for head, actor, more in runs:
         config = make_config(
             f"algorithm.q_head_type={head}",
             f"actor.type={actor}",
-            "algorithm.demo.fraction=0.25",
-            f"algorithm.demo.path={fake_demos}",
+            *more,
             "actor.batch_renorm=true",
             "algorithm.replay_buffer.min_buffer_size=1",
             "eval.episodes=2",

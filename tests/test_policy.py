@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import planted
 from safetensors.torch import load_file, save_file
+from tiny_flow import TinyFlow
 
 from embodied_rl.errors import UserError
 from embodied_rl.policy import SHIPPED, Policy, find_policy
@@ -19,24 +20,25 @@ OBS = {"state": torch.tensor([[0.5, -0.5, 100.0, 3.0], [0.1, 0.9, 7.0, 0.0]])}
 @pytest.fixture
 def make(make_backbone, make_config):
     def build(actor: str | None = None, chunk: int = 3, execute: int | None = 2) -> Policy:
-        backbone = make_backbone(chunk)
+        backbone = TinyFlow(4, 2, chunk) if actor == "noise" else make_backbone(chunk)
         adapter = None
         if actor is not None:
             adapter = ACTORS.get(actor).for_backbone(backbone, make_config().actor, None)
             with torch.no_grad():
                 for p in adapter.parameters():
                     p.add_(0.1 * torch.randn_like(p))
-        return Policy(backbone, "state", adapter, actor, {"type": "fake", "task": "reach"}, execute)
+        kind = "tiny_flow" if actor == "noise" else "state"
+        return Policy(backbone, kind, adapter, actor, {"type": "fake", "task": "reach"}, execute)
 
     return build
 
 
 @pytest.mark.parametrize("actor", [None, *ACTORS.names])
-def test_round_trip(make, tmp_path, actor):
+def test_round_trip(make, tmp_path, actor, flow_folder):
     policy = make(actor)
     policy.save_pretrained(tmp_path / "p")
     loaded = Policy.from_pretrained(tmp_path / "p")
-    assert loaded.actor_type == actor and loaded.backbone_type == "state"
+    assert loaded.actor_type == actor and loaded.backbone_type == policy.backbone_type
     assert loaded.env == policy.env and loaded.execute_steps == 2
     assert loaded.backbone.fingerprint() == policy.backbone.fingerprint()
     action = policy.act(OBS)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from tiny_flow import TinyFlow
 
-from embodied_rl import registry
 from embodied_rl.builders import build_env, build_policy, build_q_head, build_sac
 from embodied_rl.config import PolicyConfig
 from embodied_rl.errors import UserError
@@ -23,12 +22,8 @@ TRAIN = ("policy.cache_features=false", "algorithm.demo.fraction=0", "actor.type
 
 
 @pytest.fixture(autouse=True)
-def folder(monkeypatch, tmp_path):
-    table = {**registry.BACKBONES._table, "tiny_flow": "tiny_flow:TinyFlow"}
-    monkeypatch.setattr(registry.BACKBONES, "_table", table)
-    torch.manual_seed(4)
-    Policy(TinyFlow(D, A, H), "tiny_flow").save_pretrained(tmp_path / "flow")
-    return tmp_path / "flow"
+def folder(flow_folder):
+    return flow_folder
 
 
 def make_batch(policy: Policy, dtype: torch.dtype) -> Batch:
