@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PI0ForConditionalGeneration
 
 from embodied_rl.backbones.images import check_resize, to_pixels
 from embodied_rl.backbones.lerobot_folder import read_json
 from embodied_rl.backbones.lerobot_normalise import Normaliser
 from embodied_rl.backbones.pi0_context import Pi0Context
-from embodied_rl.backbones.pi0_inputs import (
-    check_cameras,
-    match_cameras,
-    match_state,
-    state_size,
-    state_vector,
-)
+from embodied_rl.backbones.pi0_inputs import check_cameras, state_vector
 from embodied_rl.backbones.pi0_network import (
     CONFIG,
     build_network,
@@ -34,16 +29,16 @@ from embodied_rl.backbones.pi0_network import (
 from embodied_rl.backbones.pi0_settings import (
     PALIGEMMA,
     Pi0Settings,
+    fit,
     lerobot_settings,
     transformers_settings,
 )
-from embodied_rl.backbones.prompts import encode, find_tokenizer, load_tokenizer, pad_prompts
+from embodied_rl.backbones.pi0_training import draw_times, prefix_blocks, recomputed
+from embodied_rl.backbones.prompts import find_tokenizer, load_tokenizer, pad_prompts
 from embodied_rl.config import PolicyConfig
 from embodied_rl.errors import UserError
 from embodied_rl.interfaces import FlowBackbone
-from embodied_rl.types import EnvSpec, Obs
-
-INSTRUCTION = "instruction"
+from embodied_rl.types import INSTRUCTION, EnvSpec, Obs
 
 
 class Pi0Backbone(FlowBackbone):
@@ -83,6 +78,7 @@ class Pi0Backbone(FlowBackbone):
         self.image_token_id: int = config.vlm_config.image_token_id
         self.hidden_dim: int = text.hidden_size
         self.vocabulary: int = text.vocab_size
+        self.checkpointing = False
         self._connect()
 
     def _connect(self) -> None:
@@ -135,27 +131,36 @@ class Pi0Backbone(FlowBackbone):
         """The normalised state vector [B, n]."""
         return self.state.normalise(state_vector(obs, self.settings.state_keys))
 
-    def prefix(self, obs: Obs) -> tuple[Tensor, Pi0Context]:
-        """Encodes images and instruction; features float32 whatever the network's precision."""
-        inputs = self.inputs(obs)
+    def _encode(self, inputs: dict[str, Tensor]) -> Any:
+        """Runs the vision-language model: last hidden state [B, P, hidden], keys and values."""
         model, mask = self.network.model, inputs["attention_mask"]
-        embeds = model.embed_prefix(
-            inputs["input_ids"], inputs["pixel_values"], inputs["pixel_attention_mask"]
-        )
-        encoded = model.vlm(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=mask.cumsum(-1) - 1,
-            token_type_ids=torch.zeros_like(embeds)[:, :, 0],
-            use_cache=True,
-        )
-        layers = encoded.past_key_values.layers
-        context = Pi0Context(
-            tuple(layer.keys for layer in layers),
-            tuple(layer.values for layer in layers),
-            mask,
-            inputs["state"],
-        )
+        again = self.checkpointing and torch.is_grad_enabled()
+        with recomputed(self.network) if again else nullcontext():
+            embeds = model.embed_prefix(
+                inputs["input_ids"], inputs["pixel_values"], inputs["pixel_attention_mask"]
+            )
+            return model.vlm(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=mask.cumsum(-1) - 1,
+                token_type_ids=torch.zeros_like(embeds)[:, :, 0],
+                use_cache=not again,
+            )
+
+    def prefix(self, obs: Obs) -> tuple[Tensor, Pi0Context | None]:
+        """Encodes images and instruction; features float32 whatever the network's precision.
+
+        While activations are recomputed (`enable_checkpointing`, with gradients on) there is no
+        context: only features can be trained through.
+        """
+        inputs = self.inputs(obs)
+        mask = inputs["attention_mask"]
+        encoded = self._encode(inputs)
+        context = None
+        if encoded.past_key_values is not None:
+            layers = encoded.past_key_values.layers
+            keys, values = (tuple(getattr(la, k) for la in layers) for k in ("keys", "values"))
+            context = Pi0Context(keys, values, mask, inputs["state"])
         hidden = encoded.last_hidden_state.float()
         cameras = inputs["pixel_values"].shape[1]
         split = cameras * self.image_tokens
@@ -200,6 +205,33 @@ class Pi0Backbone(FlowBackbone):
         """Repeats each row `times` times."""
         return context.repeat(times)
 
+    # ------------------------------------------------------------ training
+
+    def blocks(self) -> list[nn.Module]:
+        """Vision tower, projector and language model, layer by layer; not the action expert."""
+        return prefix_blocks(self.network)
+
+    def enable_checkpointing(self) -> None:
+        """Keeps only the inputs of layers for the backward pass."""
+        self.network.activation_checkpointing_enable({"use_reentrant": False})
+        self.checkpointing = True
+
+    def imitation_loss(
+        self, inputs: dict[str, Tensor], chunks: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Flow-matching loss of demonstrated chunks [B, H, A], as π0 was trained.
+
+        Args:
+            inputs: what `inputs` returned.
+            chunks: actions in the environment's range.
+            generator: draws noise and times, on the CPU; None: torch's default one.
+        """
+        actions = self.action.normalise(chunks)
+        actions = F.pad(actions, (0, self.noise_dim - actions.shape[-1])).to(self.network.dtype)
+        noise = torch.randn(actions.shape, generator=generator).to(actions)
+        time = draw_times(self.network.config, len(actions), generator).to(actions.device)
+        return self.network(**inputs, actions=actions, noise=noise, timestep=time).loss
+
     # ------------------------------------------------------------ environment
 
     def check_env(self, spec: EnvSpec) -> None:
@@ -210,48 +242,9 @@ class Pi0Backbone(FlowBackbone):
         Raises:
             UserError: cameras, state, action or instructions do not fit.
         """
-        settings, config = self.settings, self.network.config
-        wanted = settings.action_dim or self.action.size
-        if wanted is not None and wanted != spec.action_dim:
-            raise UserError(
-                f"the policy was made for {wanted} action entries, but {spec.name} has "
-                f"{spec.action_dim}. Set env.task and env.control_mode as they were when the "
-                "policy was pretrained."
-            )
-        if spec.action_dim > config.max_action_dim:
-            raise UserError(
-                f"the policy gives at most {config.max_action_dim} action entries, but {spec.name} "
-                f"has {spec.action_dim}. Set env.control_mode."
-            )
-        cameras = match_cameras(dict(settings.cameras), settings.camera_names, spec)
-        expected = settings.state_dim or self.state.size
-        keys = match_state(settings.state_keys, expected, config.max_state_dim, spec)
-        instructions = list(spec.instructions) or [spec.name]
-        if len(instructions) > 1 and INSTRUCTION not in spec.obs:
-            raise UserError(
-                f"{spec.name} has {len(instructions)} instructions, but no observation "
-                f"{INSTRUCTION!r} that tells which one holds, only {', '.join(spec.obs)}."
-            )
-        settings.prompts = self._prompts(instructions)
-        settings.cameras = [list(pair) for pair in cameras]
-        settings.state_keys, settings.state_dim = keys, state_size(keys, spec)
-        settings.action_dim = spec.action_dim
+        config = self.network.config
+        fit(self.settings, spec, config.max_state_dim, config.max_action_dim, self.vocabulary)
         self._connect()
-
-    def _prompts(self, instructions: list[str]) -> list[list[Any]]:
-        known = {text: ids for text, ids in self.settings.prompts}
-        new = [text for text in instructions if text not in known]
-        if new:
-            if self.settings.tokenizer is None:
-                raise UserError(
-                    f"the policy knows the instructions {list(known)} and has no tokenizer for "
-                    f"{new}. Set policy.tokenizer."
-                )
-            path = find_tokenizer(Path(), self.settings.tokenizer, PALIGEMMA)
-            tokenizer = load_tokenizer(path)
-            prompts = encode(tokenizer, new, self.settings.max_prompt, self.vocabulary)
-            known.update(zip(new, prompts, strict=True))
-        return [[text, known[text]] for text in instructions]
 
     # ------------------------------------------------------------ folders
 

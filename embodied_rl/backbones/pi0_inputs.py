@@ -11,7 +11,7 @@ from torch import Tensor
 
 from embodied_rl.backbones.lerobot_folder import short_name
 from embodied_rl.errors import UserError, nearest
-from embodied_rl.types import ArraySpec, EnvSpec, Obs
+from embodied_rl.types import INSTRUCTION, ArraySpec, EnvSpec, Obs
 
 STATE_KEY = "state"
 STATE_GROUPS = ("agent.", "extra.")  # of ManiSkill's nested observations, in this order
@@ -121,7 +121,7 @@ def match_state(given: Sequence[str], wanted: int | None, most: int, spec: EnvSp
     Raises:
         UserError: an unknown key, no state at all, or a wrong size.
     """
-    vectors = [k for k, s in spec.obs.items() if not is_image(s) and k != "instruction"]
+    vectors = [k for k, s in spec.obs.items() if not is_image(s) and k != INSTRUCTION]
     if given:
         for key in given:
             if key not in vectors:

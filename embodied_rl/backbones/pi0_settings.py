@@ -11,8 +11,11 @@ import torch
 
 from embodied_rl.backbones.lerobot_folder import read_json, read_lerobot
 from embodied_rl.backbones.lerobot_normalise import Normaliser
+from embodied_rl.backbones.pi0_inputs import match_cameras, match_state, state_size
 from embodied_rl.backbones.pi0_network import CONFIG
+from embodied_rl.backbones.prompts import encode, find_tokenizer, load_tokenizer
 from embodied_rl.errors import UserError
+from embodied_rl.types import INSTRUCTION, EnvSpec
 
 PROCESSOR = "processor_config.json"  # of a transformers folder: statistics, image processing
 PALIGEMMA = "google/paligemma-3b-pt-224"
@@ -53,6 +56,66 @@ class Pi0Settings:
     prompts: list[list[Any]] = field(default_factory=list)
     max_prompt: int = MAX_PROMPT
     tokenizer: str | None = None
+
+
+def fit(
+    settings: Pi0Settings, spec: EnvSpec, max_state: int, max_action: int, vocabulary: int
+) -> None:
+    """Finds cameras and state among an environment's observations; encodes its instructions.
+
+    An environment without instructions is told its own name.
+
+    Args:
+        settings: changed in place, and only if everything fits.
+        spec: the environment.
+        max_state: entries of the state vector that the network takes.
+        max_action: entries of an action that it gives.
+        vocabulary: tokens that it knows.
+
+    Raises:
+        UserError: cameras, state, action or instructions do not fit.
+    """
+    wanted = settings.action_dim or len(settings.action["first"]) or None
+    if wanted is not None and wanted != spec.action_dim:
+        raise UserError(
+            f"the policy was made for {wanted} action entries, but {spec.name} has "
+            f"{spec.action_dim}. Set env.task and env.control_mode as they were when the policy "
+            "was pretrained."
+        )
+    if spec.action_dim > max_action:
+        raise UserError(
+            f"the policy gives at most {max_action} action entries, but {spec.name} has "
+            f"{spec.action_dim}. Set env.control_mode."
+        )
+    cameras = match_cameras(dict(settings.cameras), settings.camera_names, spec)
+    expected = settings.state_dim or len(settings.state["first"]) or None
+    keys = match_state(settings.state_keys, expected, max_state, spec)
+    instructions = list(spec.instructions) or [spec.name]
+    if len(instructions) > 1 and INSTRUCTION not in spec.obs:
+        raise UserError(
+            f"{spec.name} has {len(instructions)} instructions, but no observation "
+            f"{INSTRUCTION!r} that tells which one holds, only {', '.join(spec.obs)}."
+        )
+    settings.prompts = _prompts(settings, instructions, vocabulary)
+    settings.cameras = [list(pair) for pair in cameras]
+    settings.state_keys, settings.state_dim = keys, state_size(keys, spec)
+    settings.action_dim = spec.action_dim
+
+
+def _prompts(settings: Pi0Settings, instructions: list[str], vocabulary: int) -> list[list[Any]]:
+    """(instruction, token ids) in order; only new instructions need the tokenizer."""
+    known = {text: ids for text, ids in settings.prompts}
+    new = [text for text in instructions if text not in known]
+    if new:
+        if settings.tokenizer is None:
+            raise UserError(
+                f"the policy knows the instructions {list(known)} and has no tokenizer for {new}. "
+                "Set policy.tokenizer."
+            )
+        path = find_tokenizer(Path(), settings.tokenizer, PALIGEMMA)
+        prompts = encode(load_tokenizer(path), new, settings.max_prompt, vocabulary)
+        known.update(zip(new, prompts, strict=True))
+    return [[text, known[text]] for text in instructions]
 
 
 def lerobot_settings(folder: Path) -> tuple[Pi0Settings, str]:
