@@ -129,6 +129,7 @@ class Policy(nn.Module):
             "backbone": {"type": self.backbone_type, **self.backbone.config_dict()},
             "actor": actor,
             "judge": None if self.judge is None else self.judge.config_dict(),
+            "source_hash": self.backbone.source_hash,
             "trained": self.trained,
             "env": self.env,
             "execute_steps": self.execute_steps,
@@ -145,6 +146,7 @@ class Policy(nn.Module):
         kind = _layout(folder, config)
         backbone = BACKBONES.get(kind).from_folder(folder, options)
         backbone.source = str(folder.resolve())
+        backbone.source_hash = backbone.weights_hash()
         return cls(backbone, kind)
 
     @classmethod
@@ -166,6 +168,7 @@ class Policy(nn.Module):
             backbone_args = dict(config["backbone"])
             backbone_type = backbone_args.pop("type")
             backbone = BACKBONES.get(backbone_type).from_config(backbone_args)
+            _check_source(backbone, folder, config.get("source_hash"))
             actor, actor_type = None, None
             if config["actor"] is not None:
                 actor_args = dict(config["actor"])
@@ -199,6 +202,19 @@ class Policy(nn.Module):
         except RuntimeError as error:
             raise UserError(f"{folder}: weights and config.json do not agree. {error}") from None
         return policy
+
+
+def _check_source(backbone: Backbone, folder: Path, found: str | None) -> None:
+    """Raises UserError if what a policy folder refers to is not what it was."""
+    if backbone.source is None:
+        return
+    backbone.source_hash = backbone.weights_hash()
+    if found not in (None, backbone.source_hash):
+        raise UserError(
+            f"{folder} was finetuned from {backbone.source}, whose weights have "
+            "changed since. Put the original files back there, or finetune anew with "
+            f"policy.path={backbone.source}."
+        )
 
 
 def _layout(folder: Path, config: dict[str, Any]) -> str:

@@ -4,11 +4,13 @@ import json
 import zlib
 
 import pytest
+import tiny_pi0
 import torch
 from conftest import planted
 from safetensors.torch import load_file, save_file
 from tiny_flow import TinyFlow
 
+from embodied_rl.config import ActorConfig
 from embodied_rl.errors import UserError
 from embodied_rl.policy import SHIPPED, Policy, find_policy
 from embodied_rl.registry import ACTORS
@@ -191,3 +193,25 @@ def test_missing_and_foreign_tensors(folder):
     assert name in refusal(folder)
     save_file({**weights, "extra": torch.zeros(1)}, path)
     assert "extra" in refusal(folder)
+
+
+def test_a_folder_that_refers_to_another(tmp_path):
+    """Finetuned from a LeRobot folder, a policy holds its own weights only, and knows that one."""
+    source = tiny_pi0.lerobot_folder(tmp_path / "pi0")
+    policy = Policy.from_pretrained(source)
+    policy.backbone.check_env(tiny_pi0.SPEC)
+    actor = ACTORS.get("noise").for_backbone(policy.backbone, ActorConfig(), None)
+    mine = Policy(policy.backbone, "pi0", actor, "noise")
+    mine.save_pretrained(tmp_path / "mine")
+    held = load_file(tmp_path / "mine" / "model.safetensors")
+    assert held and all(name.startswith("actor.") for name in held)
+    again = Policy.from_pretrained(tmp_path / "mine")
+    again.backbone.check_env(tiny_pi0.SPEC)
+    obs = tiny_pi0.observations()
+    assert torch.equal(again.act(obs), mine.act(obs))
+    weights = load_file(source / "model.safetensors")
+    first = sorted(weights)[0]
+    weights[first] = weights[first] + 0.1
+    save_file(weights, source / "model.safetensors")
+    with pytest.raises(UserError, match=r"was finetuned from .*pi0, whose weights have"):
+        Policy.from_pretrained(tmp_path / "mine")

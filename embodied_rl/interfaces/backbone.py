@@ -28,6 +28,7 @@ class Backbone(nn.Module, ABC):
         frozen: whether features may be stored and read again: nothing trains the weights.
         source: the folder that the weights came from, in a layout that is not ours; None for our
             own policy folders. A policy folder refers to a source instead of copying it.
+        source_hash: what `weights_hash` was when they came from there.
     """
 
     feature_dim: int
@@ -35,6 +36,7 @@ class Backbone(nn.Module, ABC):
     action_dim: int
     frozen: bool = True
     source: str | None = None
+    source_hash: str | None = None
 
     @abstractmethod
     def forward(
@@ -56,7 +58,12 @@ class Backbone(nn.Module, ABC):
 
     def fingerprint(self) -> str:
         """SHA-256 of config (preprocessing included) and weights; cached features carry it."""
-        digest = hashlib.sha256(json.dumps(self.config_dict(), sort_keys=True).encode())
+        described = json.dumps(self.config_dict(), sort_keys=True)
+        return hashlib.sha256(f"{described} {self.weights_hash()}".encode()).hexdigest()
+
+    def weights_hash(self) -> str:
+        """SHA-256 of all weights and statistics."""
+        digest = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             flat = tensor.detach().cpu().contiguous().flatten()
