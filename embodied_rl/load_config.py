@@ -16,7 +16,8 @@ from embodied_rl.errors import UserError, nearest
 from embodied_rl.validate import validate
 
 C = TypeVar("C")
-FREE_FORM = ("env.kwargs", "env.instructions")  # mappings whose keys belong to somebody else
+# mappings whose keys belong to somebody else
+FREE_FORM = ("env.kwargs", "env.instructions", "policy.cameras")
 
 
 def schema_keys(schema: Any, prefix: str = "") -> list[str]:

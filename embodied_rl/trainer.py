@@ -268,7 +268,9 @@ class Trainer:
         if self.config.policy.path is None:
             start = self.policy.with_actor(None)
         else:
-            start = Policy.from_pretrained(self.config.policy.path).to(self.device)
+            start = Policy.from_pretrained(self.config.policy.path, self.config.policy)
+            start.backbone.check_env(self.env.spec)  # another project's folder knows no environment
+            start = start.to(self.device)
         before = self._score(start, final_seed, None).summary
         link = LAST if self.checkpoints.best is None else BEST
         best = Policy.from_pretrained(self.run_dir / "checkpoints" / link / POLICY)

@@ -243,4 +243,4 @@ def _flat(obs: Any, prefix: str = "") -> dict[str, np.ndarray]:
             out.update(_flat(value, f"{prefix}.{key}" if prefix else key))
         return out
     array = obs.cpu().numpy() if isinstance(obs, torch.Tensor) else np.asarray(obs)
-    return {prefix or "state": array[0]}
+    return {prefix or "state": np.asarray(array[0])}  # a scalar stays an array
