@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,8 +36,9 @@ from embodied_rl.backbones.pi0_network import build_network, from_lerobot
 from embodied_rl.backbones.pi0_settings import Pi0Settings
 from embodied_rl.backbones.pi0_training import draw_times
 from embodied_rl.backbones.prompts import encode, load_tokenizer, pad_prompts
-from embodied_rl.config import PolicyConfig
+from embodied_rl.config import Config, PolicyConfig
 from embodied_rl.errors import UserError
+from embodied_rl.load_config import load_config
 from embodied_rl.policy import Policy
 from embodied_rl.types import ArraySpec, EnvSpec
 
@@ -698,6 +700,14 @@ def test_hub_names(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"cannot fetch lerobot/pi0_base .*hf download lerobot/pi0"):
         lerobot_hub.download("lerobot/pi0_base")
+
+
+def test_example_config_loads():
+    path = Path(__file__).parent.parent / "examples" / "finetune_pi0_maniskill.yaml"
+    config, _ = load_config(Config, [f"config={path}"])
+    assert config.policy.cameras == {"base_0_rgb": BASE}
+    assert config.policy.state == ["agent.qpos"]
+    assert set(config.env.obs_keys) == {BASE, "agent.qpos"}
 
 
 def test_state_backbone_does_not_pull_transformers():
