@@ -23,7 +23,18 @@ class Registry:
     def __init__(self, kind: str, key: str, table: dict[str, str]) -> None:
         self.kind = kind
         self.key = key
-        self._table = table
+        self._table = dict(table)
+
+    def register(self, name: str, made: type | str) -> None:
+        """Adds an entry of your own, for this process: a class, or its `"module:Class"` path.
+
+        Raises:
+            UserError: the name is taken.
+        """
+        path = made if isinstance(made, str) else f"{made.__module__}:{made.__qualname__}"
+        if self._table.get(name, path) != path:
+            raise UserError(f"the {self.kind} {name!r} is registered already: {self._table[name]}.")
+        self._table[name] = path
 
     @property
     def names(self) -> list[str]:
@@ -59,6 +70,17 @@ BACKBONES = Registry(
     {
         "state": "embodied_rl.backbones.state:StateBackbone",
         "pi0": "embodied_rl.backbones.pi0:Pi0Backbone",
+        "small_vla": "embodied_rl.backbones.small_vla:SmallVLABackbone",
+    },
+)
+# for `embodied_rl.plan`: backbones without weights
+SKETCHES = Registry(
+    "backbone that can be planned",
+    "policy type",
+    {
+        "state": "embodied_rl.backbones.sketches:sketch_state",
+        "small_vla": "embodied_rl.backbones.sketches:sketch_small_vla",
+        "pi0": "embodied_rl.backbones.pi0_sketch:sketch_pi0",
     },
 )
 # `type` or `model_type` in the config.json of another project's policy folder -> backbone
