@@ -63,11 +63,11 @@ $(VENV)/base.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	@$(PIP) install $(TORCH)
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 13))' \
 	  || exit 0; $(PIP) install --no-deps $(MANI_SKILL)
-	@$(PIP) install -e . -c constraints.txt
+	@$(PIP) install -e '.[vla]' -c constraints.txt
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/base.stamp
-	@$(PIP) install -e '.[dev]' -c constraints.txt
+	@$(PIP) install -e '.[dev,vla]' -c constraints.txt
 	@touch $@
 
 # A missing driver is told, not fatal here: only what needs the simulator fails, and says so.

@@ -9,7 +9,7 @@ from embodied_rl.backbones.state import OBS_KEY, StateBackbone
 from embodied_rl.errors import UserError
 from embodied_rl.formats.maniskill import REPLAY, STATE, read_maniskill
 from embodied_rl.policy import Policy, find_policy
-from embodied_rl.replay.reader import META, read_all
+from embodied_rl.replay.reader import META, StoreReader, read_all
 from embodied_rl.types import Features, Obs, Trajectory
 
 DEMOS = "demos"  # folder beside a policy's weights
@@ -44,6 +44,11 @@ def read_demos(path: Path) -> list[Trajectory]:
     if not trajectories:
         raise UserError(f"demonstrations {path}: no trajectory in it.")
     return trajectories
+
+
+def read_instructions(path: Path) -> list[str]:
+    """What `obs.instruction`, an index, stands for in a demonstration folder; empty if unsaid."""
+    return list(StoreReader(path).meta.get("instructions", [])) if path.is_dir() else []
 
 
 def _read_maniskill(path: Path) -> list[Trajectory]:

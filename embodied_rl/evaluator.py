@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 
 from embodied_rl.interfaces import VecEnv
 from embodied_rl.policy import Policy
-from embodied_rl.types import EpisodeStats
+from embodied_rl.types import INSTRUCTION, EpisodeStats
 
 FPS = 20
 
@@ -66,6 +67,8 @@ class Evaluator:
         following = [next(more) for more in numbers]
         generator = torch.Generator(self.device).manual_seed(first_seed)
         obs = self.env.reset([first_seed + e for e in episode])
+        told = obs.get(INSTRUCTION)  # of the episode that each environment is in
+        tasks: dict[int, int] = {}  # instruction of each finished episode
         plans: list[list[torch.Tensor]] = [[] for _ in range(n)]
         totals, onces, lengths = [0.0] * n, [False] * n, [0] * n
         frames: dict[int, list[np.ndarray]] = {}
@@ -94,18 +97,40 @@ class Evaluator:
                     if ended and episode[i] < self.episodes:
                         done = (totals[i], onces[i], bool(result.success[i]), lengths[i])
                         results[episode[i]] = done
+                        if told is not None:
+                            tasks[episode[i]] = int(told[i])
                 if lost or ended:
                     if lost and i == 0:
                         frames.pop(episode[0], None)
                     after = episode[i] if lost else next(numbers[i])
                     episode[i], following[i] = following[i], after
                     totals[i], onces[i], lengths[i], plans[i] = 0.0, False, 0, []
+            told = obs.get(INSTRUCTION)
         stats = EpisodeStats()
         for e in range(self.episodes):
             stats.add(*results[e])
         if video is not None:
             write_video(video, [frames[e] for e in sorted(frames)])
-        return Evaluation(stats, stats.summary())
+        by_task = by_instruction(stats, tasks, self.env.spec.instructions)
+        return Evaluation(stats, stats.summary() | by_task)
+
+
+def by_instruction(
+    stats: EpisodeStats, tasks: Mapping[int, int], instructions: Sequence[str]
+) -> dict[str, float]:
+    """Share of each instruction's episodes in which success held at any step.
+
+    Args:
+        stats: the episodes.
+        tasks: episode to index of its instruction.
+        instructions: their texts; with fewer than two there is nothing to tell apart.
+    """
+    shares: dict[str, float] = {}
+    for index, text in enumerate(instructions if len(instructions) > 1 else ()):
+        won = [stats.success_once[e] for e, task in tasks.items() if task == index]
+        if won:
+            shares[f"success_once/{text}"] = sum(won) / len(won)
+    return shares
 
 
 def write_video(path: Path, episodes: list[list[np.ndarray]]) -> None:

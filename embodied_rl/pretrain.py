@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from embodied_rl import builders, cli
-from embodied_rl.backbones.state import OBS_KEY, StateBackbone
 from embodied_rl.config import PretrainConfig
-from embodied_rl.demonstrations import read_demos
+from embodied_rl.demonstrations import read_demos, read_instructions
 from embodied_rl.distributed import LocalEngine
 from embodied_rl.errors import UserError
 from embodied_rl.evaluator import Evaluator
+from embodied_rl.interfaces import Imitator
 from embodied_rl.load_config import load_config, save_config
 from embodied_rl.policy import Policy
-from embodied_rl.types import Trajectory
+from embodied_rl.registry import BACKBONES
+from embodied_rl.types import Obs, Trajectory
 
 
 def main(args: list[str]) -> int:
@@ -37,7 +38,8 @@ def main(args: list[str]) -> int:
     trajectories = read_demos(Path(config.data))[: config.max_trajectories]
     training, validation = split(trajectories, config.validation_fraction, config.seed)
     out = cli.prepare_folder(Path(config.out), config.overwrite)
-    policy = clone(config, training, validation, device)
+    instructions = read_instructions(Path(config.data)) or list(config.env.instructions.values())
+    policy = clone(config, training, validation, instructions, device)
     out.mkdir(parents=True, exist_ok=True)
     policy.save_pretrained(out)
     save_config(config, out / "pretrain.yaml")
@@ -50,9 +52,11 @@ def main(args: list[str]) -> int:
     finally:
         env.close()
     (out / "evaluation.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    tasks = [k for k in summary if k.startswith("success_once/")]
+    by_task = "".join(f"\n  {k.partition('/')[2]}: {summary[k]:.1%}" for k in tasks)
     print(
         f"success on {config.eval.episodes} episodes: {summary['success_once']:.1%} (at end "
-        f"{summary['success_at_end']:.1%})\npolicy: {out}\n"
+        f"{summary['success_at_end']:.1%}){by_task}\npolicy: {out}\n"
         f"finetune it: python -m embodied_rl.train policy.path={out}"
     )
     return 0
@@ -71,52 +75,63 @@ def clone(
     config: PretrainConfig,
     training: list[Trajectory],
     validation: list[Trajectory],
+    instructions: Sequence[str],
     device: torch.device,
 ) -> Policy:
-    """Trains a state backbone by mean squared error on action chunks."""
-    states, chunks = pairs(training, config.chunk_size)
-    backbone = StateBackbone(
-        states.shape[1], chunks.shape[2], config.chunk_size, list(config.hidden)
-    )
-    backbone.set_statistics(states)
-    backbone.to(device)
+    """Trains a backbone on action chunks, with its own loss."""
+    kind = BACKBONES.get(config.backbone)
+    if not issubclass(kind, Imitator):
+        able = [n for n in BACKBONES.names if issubclass(BACKBONES.get(n), Imitator)]
+        raise UserError(
+            f"backbone={config.backbone} cannot be trained here. Allowed: {', '.join(able)}."
+        )
+    backbone = kind.for_demos(training, instructions, config).to(device)
+    inputs, chunks = pairs(backbone, training, config.chunk_size, device)
+    held_out = pairs(backbone, validation, config.chunk_size, device) if validation else None
     engine = LocalEngine()
     trainable = engine.attach("backbone", backbone.parameters(), config.optim)
     rng = np.random.default_rng(config.seed)
-    states, chunks = states.to(device), chunks.to(device)
+    generator = torch.Generator().manual_seed(config.seed)
     bar = tqdm(range(config.steps), unit="step", dynamic_ncols=True)
     for step in bar:
         engine.set_progress(step / config.steps)
-        rows = torch.from_numpy(rng.integers(len(states), size=config.batch_size)).to(device)
-        loss = mse(backbone, states[rows], chunks[rows])
+        rows = torch.from_numpy(rng.integers(len(chunks), size=config.batch_size)).to(device)
+        batch = {k: v[rows] for k, v in inputs.items()}
+        loss = backbone.imitation_loss(batch, chunks[rows], generator)
         engine.step(trainable, loss)
         if step % 200 == 0 or step == config.steps - 1:
             shown = {"loss": f"{float(loss.detach()):.5f}"}
-            if validation:
-                held_out = [t.to(device) for t in pairs(validation, config.chunk_size)]
+            if held_out is not None:
                 with torch.no_grad():
-                    shown["validation"] = f"{float(mse(backbone, *held_out)):.5f}"
+                    same = torch.Generator().manual_seed(0)  # comparable from step to step
+                    shown["validation"] = f"{float(backbone.imitation_loss(*held_out, same)):.5f}"
             bar.set_postfix(shown)
     env = {key: getattr(config.env, key) for key in builders.ENV_KEYS}
     return Policy(backbone, config.backbone, env=env)
 
 
-def mse(backbone: StateBackbone, states: Tensor, chunks: Tensor) -> Tensor:
-    """Mean squared error of the unclipped action chunks."""
-    return F.mse_loss(backbone.raw_action(backbone.normalise({OBS_KEY: states})), chunks)
+@torch.no_grad()
+def pairs(
+    backbone: Imitator, trajectories: Sequence[Trajectory], chunk_size: int, device: torch.device
+) -> tuple[Obs, Tensor]:
+    """What the backbone's loss reads [n, ...], and the next H actions [n, H, A].
 
-
-def pairs(trajectories: list[Trajectory], chunk_size: int) -> tuple[Tensor, Tensor]:
-    """States [n, D] and the chunks of the next H actions [n, H, A]; the last action repeats."""
-    states, chunks = [], []
-    for trajectory in trajectories:
-        fields = trajectory.fields
-        label = fields["expert_action" if "expert_action" in fields else "action"]
-        actions = label[: trajectory.length, 0]
-        index = torch.arange(trajectory.length)[:, None] + torch.arange(chunk_size)
-        chunks.append(actions[index.clamp(max=trajectory.length - 1)])
-        states.append(trajectory.fields[f"obs.{OBS_KEY}"][: trajectory.length])
-    return torch.cat(states), torch.cat(chunks)
+    At the end of an episode the last action repeats.
+    """
+    inputs: dict[str, list[Tensor]] = {}
+    chunks = []
+    for trajectory in tqdm(trajectories, unit="demo", leave=False, dynamic_ncols=True):
+        length, actions = trajectory.length, trajectory.labels
+        index = torch.arange(length)[:, None] + torch.arange(chunk_size)
+        chunks.append(actions[index.clamp(max=length - 1)])
+        obs = {
+            k.removeprefix("obs."): v[:length].to(device)
+            for k, v in trajectory.fields.items()
+            if k.startswith("obs.")
+        }
+        for key, value in backbone.inputs(obs).items():
+            inputs.setdefault(key, []).append(value)
+    return {k: torch.cat(v) for k, v in inputs.items()}, torch.cat(chunks).to(device)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import tiny_pi0
+import tiny_vla
 import torch
 from tiny_flow import TinyFlow
 
@@ -281,8 +282,10 @@ def observations(spec):
 
 
 @pytest.fixture
-def made(name, spec, observations):
+def made(name, spec, observations, tmp_path):
     """A backbone, an environment that it fits, and observations of it."""
+    if name == "small_vla":  # as pi0
+        return tiny_vla.backbone(tmp_path), tiny_vla.SPEC, tiny_vla.observations(count=B)
     if name == "pi0":  # cannot be built from scratch, and reads images
         return tiny_pi0.backbone(), tiny_pi0.SPEC, tiny_pi0.observations(count=B)
     return BACKBONES.get(name).for_env(spec).eval(), spec, observations

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from embodied_rl.config import PretrainConfig
 from embodied_rl.errors import UserError
-from embodied_rl.interfaces import Backbone
+from embodied_rl.interfaces import Imitator
 from embodied_rl.nn import mlp
-from embodied_rl.types import EnvSpec, Features, Obs
+from embodied_rl.types import EnvSpec, Features, Obs, Trajectory
 
 OBS_KEY = "state"
 CLIP = 10.0  # bound on normalised state entries, in standard deviations
 
 
-class StateBackbone(Backbone):
+class StateBackbone(Imitator):
     """Normalised state as features, an MLP's action chunk as base action.
 
     Args:
@@ -71,6 +74,39 @@ class StateBackbone(Backbone):
         del samples, generator  # deterministic
         vector = self.normalise(obs)
         return Features(vector, self.raw_action(vector).clamp(-1, 1))
+
+    def inputs(self, obs: Obs) -> Obs:
+        """The state [B, D] as it is."""
+        return {OBS_KEY: obs[OBS_KEY]}
+
+    def imitation_loss(
+        self, inputs: Obs, chunks: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Mean squared error of the unclipped action chunks."""
+        del generator
+        return F.mse_loss(self.raw_action(self.normalise(inputs)), chunks)
+
+    @classmethod
+    def for_demos(
+        cls,
+        trajectories: Sequence[Trajectory],
+        instructions: Sequence[str],
+        config: PretrainConfig,
+    ) -> StateBackbone:
+        """Normalisation from the demonstrated states; `config` gives widths and chunk length."""
+        del instructions
+        if f"obs.{OBS_KEY}" not in trajectories[0].fields:
+            names = [k for k in trajectories[0].fields if k.startswith("obs.")]
+            raise UserError(
+                f"backbone=state reads a flat '{OBS_KEY}' observation; the demonstrations have "
+                f"{', '.join(names)}. Collect them with env.obs_mode=state, or choose another "
+                "backbone."
+            )
+        states = torch.cat([t.fields[f"obs.{OBS_KEY}"][: t.length] for t in trajectories])
+        size = trajectories[0].labels.shape[1]
+        backbone = cls(states.shape[1], size, config.chunk_size, list(config.hidden))
+        backbone.set_statistics(states)
+        return backbone
 
     def check_env(self, spec: EnvSpec) -> None:
         """Raises UserError where observation or action sizes differ."""
