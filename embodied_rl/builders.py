@@ -34,6 +34,7 @@ ENV_KEYS = (
     "obs_mode",
     "obs_keys",
     "hidden_objects",
+    "render_every",
     "control_mode",
     "reward_mode",
     "max_episode_steps",
@@ -67,6 +68,16 @@ def build_device(name: str) -> torch.device:
 def build_env(config: EnvConfig, num_envs: int, device: torch.device) -> VecEnv:
     """Builds a vector environment."""
     return ENVS.get(config.type)(config, num_envs, device)
+
+
+def check_decisions(env: EnvConfig, policy: Policy) -> None:
+    """Raises UserError where a policy would decide on frames that were drawn steps ago."""
+    if policy.execute_steps % env.render_every:
+        raise UserError(
+            f"env.render_every={env.render_every} draws no frame at some of the policy's decisions, "
+            f"one every {policy.execute_steps} steps (rollout.execute_steps, else its chunk "
+            f"length). Set env.render_every={policy.execute_steps}, a divisor of it, or 1."
+        )
 
 
 def build_policy(config: Config, spec: EnvSpec, device: torch.device) -> Policy:
@@ -107,6 +118,7 @@ def build_policy(config: Config, spec: EnvSpec, device: torch.device) -> Policy:
     execute = config.rollout.execute_steps
     policy = Policy(backbone, backbone_type, actor, actor_type, env, execute)
     policy.trained = describe(config.policy)
+    check_decisions(config.env, policy)
     return policy.to(device)
 
 

@@ -32,6 +32,9 @@ class EnvConfig:
     obs_keys: list[str] = field(default_factory=list)
     # ManiSkill: objects, as attributes of the task, that cameras in observations do not see
     hidden_objects: list[str] = field(default_factory=list)
+    # ManiSkill, cameras in observations: draw at every n-th step of an episode (and its last) and
+    # repeat the frame in between; for policies that execute n (2n, ...) actions per decision
+    render_every: int = 1
     render_size: int = 256  # pixels, side of a video frame
     worker_timeout: float = 300.0  # seconds for a step or reset before its process is restarted
     kwargs: dict[str, Any] = field(default_factory=dict)  # passed on to the simulator

@@ -39,6 +39,7 @@ def main(args: list[str]) -> int:
     env = builders.build_env(config.env, config.eval.num_envs, device)
     try:
         policy.backbone.check_env(env.spec)
+        builders.check_decisions(config.env, policy)
         out.mkdir(parents=True, exist_ok=True)
         evaluator = Evaluator(env, config.eval.episodes, device)
         result = evaluator.run(

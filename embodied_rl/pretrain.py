@@ -40,6 +40,7 @@ def main(args: list[str]) -> int:
     out = cli.prepare_folder(Path(config.out), config.overwrite)
     instructions = read_instructions(Path(config.data)) or list(config.env.instructions.values())
     policy = clone(config, training, validation, instructions, device)
+    builders.check_decisions(config.env, policy)
     out.mkdir(parents=True, exist_ok=True)
     policy.save_pretrained(out)
     save_config(config, out / "pretrain.yaml")

@@ -51,6 +51,7 @@ INF = math.inf
 RANGES: dict[str, tuple[str, float, float, str]] = {
     "env.num_envs": ("[", 1, 4096, "]"),
     "env.max_episode_steps": ("[", 1, INF, ")"),
+    "env.render_every": ("[", 1, 1000, "]"),
     "env.render_size": ("[", 16, 4096, "]"),
     "env.worker_timeout": ("[", 1, 900, "]"),  # a few losses must fit into the hour that counts
     "momentum": ("[", 0, 1, ")"),
@@ -196,6 +197,11 @@ def _check_env(env: EnvConfig) -> None:
             raise UserError(
                 f"env.{key}={value} is for env.type=maniskill, but env.type={env.type}. Drop one."
             )
+    if env.render_every > 1 and env.type != "maniskill":
+        raise UserError(
+            f"env.render_every={env.render_every} is for env.type=maniskill, but env.type="
+            f"{env.type}. Drop one."
+        )
     if env.obs_keys and env.obs_mode == "state":
         raise UserError(
             f"env.obs_keys={env.obs_keys} chooses among named observations, but env.obs_mode=state "
