@@ -685,6 +685,11 @@ def test_base_checkpoint_without_statistics_says_so(tmp_path, caplog):
     assert "no statistics of action" in caplog.text
 
 
+def test_encoding_before_an_environment_is_known_is_told(lerobot, obs):
+    with pytest.raises(RuntimeError, match="check_env first"):
+        load(lerobot).prefix(obs)
+
+
 def test_from_scratch_is_refused(spec):
     with pytest.raises(UserError, match="cannot be trained from scratch on fake reach"):
         Pi0Backbone.for_env(spec)

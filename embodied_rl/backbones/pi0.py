@@ -94,6 +94,11 @@ class Pi0Backbone(FlowBackbone):
 
     # ------------------------------------------------------------ computing
 
+    @property
+    def precision(self) -> torch.dtype:
+        """Of the network's weights; adapters inside it may have another."""
+        return self.network.action_out_proj.weight.dtype
+
     def inputs(self, obs: Obs) -> dict[str, Tensor]:
         """Preprocesses observations to the arguments of `sample_actions`.
 
@@ -103,7 +108,9 @@ class Pi0Backbone(FlowBackbone):
             state [B, S], input_ids [B, P], attention_mask [B, P], pixel_values [B, C, 3, h, h] and
             pixel_attention_mask [B, C], C cameras.
         """
-        settings, dtype = self.settings, self.network.dtype
+        settings, dtype = self.settings, self.precision
+        if not settings.cameras:
+            raise RuntimeError("check_env first: the policy does not know its cameras yet")
         state = self._proprioception(obs)
         state = F.pad(state, (0, self.network.config.max_state_dim - state.shape[-1]))
         pixels = torch.stack(
@@ -178,7 +185,7 @@ class Pi0Backbone(FlowBackbone):
         when = torch.full((len(noisy),), time, dtype=torch.float32, device=noisy.device)
         return self.network(
             state=context.state,
-            noise=noisy.to(self.network.dtype),
+            noise=noisy.to(self.precision),
             timestep=when,
             attention_mask=context.mask,
             past_key_values=context.cache(),
@@ -227,7 +234,7 @@ class Pi0Backbone(FlowBackbone):
             generator: draws noise and times, on the CPU; None: torch's default one.
         """
         actions = self.action.normalise(chunks)
-        actions = F.pad(actions, (0, self.noise_dim - actions.shape[-1])).to(self.network.dtype)
+        actions = F.pad(actions, (0, self.noise_dim - actions.shape[-1])).to(self.precision)
         noise = torch.randn(actions.shape, generator=generator).to(actions)
         time = draw_times(self.network.config, len(actions), generator).to(actions.device)
         return self.network(**inputs, actions=actions, noise=noise, timestep=time).loss
