@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,11 +39,16 @@ class BatchRenorm(nn.Module):
         variance: "biased", or "unbiased" as in sb3-contrib.
         form: "unfolded", the above, or "folded" as in sb3-contrib and sbx:
             gamma * (x - mu + d sqrt(v) / r) / sqrt(v / r^2 + eps) + beta.
+
+    Attributes:
+        gather: stacks a tensor of every process [world, ...]; set where the batch is spread over
+            several, whose moments then are those of the whole batch.
     """
 
     running_mean: Tensor
     running_var: Tensor
     steps: Tensor
+    gather: Callable[[Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -99,8 +105,14 @@ class BatchRenorm(nn.Module):
         if x.shape[0] < 2:
             raise ValueError(f"batch statistics need at least 2 rows, got {x.shape[0]}")
         if self.form == "unfolded" and self.variance == "biased":
-            y, mean, var = _Renormalise.apply(x, self.weight, self.bias, self)  # type: ignore[misc]
+            kind = _Renormalise if self.gather is None else _SharedRenormalise
+            y, mean, var = kind.apply(x, self.weight, self.bias, self)  # type: ignore[misc]
         else:
+            if self.gather is not None:
+                raise ValueError(
+                    f"variance={self.variance!r}, form={self.form!r} of a batch over several "
+                    "processes is not supported. Use biased and unfolded."
+                )
             var, mean = torch.var_mean(x, 0, correction=int(self.variance == "unbiased"))
             y = self._as_peers_do(x, mean, var)
         with torch.no_grad():
@@ -175,4 +187,43 @@ class _Renormalise(torch.autograd.Function):
         to_x, to_scale, to_shift = torch.ops.aten.native_batch_norm_backward(
             gradients[0].contiguous(), x, scale, None, None, mean, inv_std, True, ctx.eps, wanted
         )
+        return to_x, torch.addcmul(to_shift * d, to_scale, r), to_shift, None
+
+
+class _SharedRenormalise(torch.autograd.Function):
+    """The same over the rows of all processes: one message forward, one backward.
+
+    Moments are combined from each process's own (Chan et al. 1979), not from sums of squares, which
+    would lose digits. Backward takes the other processes' losses into account through the shared
+    moments: the gradient is that of the sum of all processes' losses.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, module: BatchRenorm
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert module.gather is not None
+        own_var, own_mean = torch.var_mean(x, 0, correction=0)
+        count = x.new_full((1,), len(x))
+        parts = module.gather(torch.cat([count, own_mean, own_var]))
+        counts, means, variances = parts.split([1, *2 * [x.shape[1]]], 1)
+        rows = counts.sum()
+        mean = (counts * means).sum(0) / rows
+        var = (counts * (variances + (means - mean).square())).sum(0) / rows
+        inv_std = (var + module.eps).rsqrt()
+        r, d = module.corrections(mean, var)
+        ctx.save_for_backward(x, weight * r, mean, inv_std, r, d, rows)
+        ctx.mark_non_differentiable(mean, var)
+        ctx.gather = module.gather
+        x_hat = (x - mean) * inv_std
+        return torch.addcmul(weight * d + bias, x_hat, weight * r), mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, mean, inv_std, r, d, rows = ctx.saved_tensors
+        x_hat = (x - mean) * inv_std
+        to_shift, to_scale = gradients[0].sum(0), (gradients[0] * x_hat).sum(0)
+        shift, slope = ctx.gather(torch.stack([to_shift, to_scale])).sum(0) / rows
+        to_x = (gradients[0] - shift - x_hat * slope) * (scale * inv_std)
         return to_x, torch.addcmul(to_shift * d, to_scale, r), to_shift, None

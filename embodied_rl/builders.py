@@ -11,7 +11,7 @@ import torch
 
 from embodied_rl.config import Config, EnvConfig
 from embodied_rl.demonstrations import check_demos, find_demos, read_demos, with_features
-from embodied_rl.distributed import LocalEngine
+from embodied_rl.distributed import DdpEngine, LocalEngine, Ranks
 from embodied_rl.errors import UserError
 from embodied_rl.interfaces import QHead, ReplayBuffer, VecEnv
 from embodied_rl.judge import Judge
@@ -142,7 +142,11 @@ def build_sac(config: Config, policy: Policy, q_head: QHead, device: torch.devic
     temperature = Temperature(tuning.alpha_type, tuning.initial_alpha, target, tuning.objective).to(
         device
     )
-    engine, trained = LocalEngine(), policy.trained_parameters()
+    ranks = Ranks()
+    engine = LocalEngine() if ranks.world == 1 else DdpEngine(ranks)
+    for module in (policy.actor, q_head):
+        ranks.share_statistics(module)
+    trained = policy.trained_parameters()
     backbone = TrainedBackbone(policy.backbone, trained, engine, config.policy) if trained else None
     sac = SAC(policy.actor, q_head, temperature, engine, config, backbone)
     if policy.actor.base_samples > 1:  # after its copy for averaging was made

@@ -4,9 +4,9 @@
     python examples/custom_backbone.py --steps 2000 --out /tmp/short
 
 The policy is no network at all: a hand-written controller for PickCube whose calibration is off by
-centimetres, so that it misses its grasp four times in ten. Whatever computes actions from observations,
-in any framework, can take its place: a backbone promises `forward`, `check_env`, and a config that
-rebuilds it.
+centimetres, so that it misses its grasp four times in ten. Whatever computes actions from
+observations, in any framework, can take its place: a backbone promises `forward`, `check_env`, and
+a config that rebuilds it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from embodied_rl import builders
 from embodied_rl.config import Config

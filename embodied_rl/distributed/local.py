@@ -1,7 +1,4 @@
-"""Update engines: how a loss becomes an optimiser step, on one process or many.
-
-The only module that may import accelerate, deepspeed or torch.distributed.
-"""
+"""Updates on one process."""
 
 from __future__ import annotations
 
@@ -60,6 +57,19 @@ class LocalEngine(UpdateEngine):
     ) -> Tensor:
         """Backward into this trainable's own parameters and `inputs` only, clip, step."""
         assert isinstance(trainable, LocalTrainable)
+        gradients = self._gradients(trainable, loss, inputs)
+        for parameter, gradient in zip(trainable.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if trainable.config.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(trainable.parameters, trainable.config.clip_grad, norm)
+        trainable.optimizer.step()
+        return norm
+
+    def _gradients(
+        self, trainable: Trainable, loss: Tensor | Iterable[Tensor], inputs: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Those of the parameters; those of `inputs` go where they belong."""
         wanted = [*trainable.parameters, *inputs]
         gradients: list[Tensor] = []
         for part in [loss] if isinstance(loss, Tensor) else loss:
@@ -69,13 +79,7 @@ class LocalEngine(UpdateEngine):
             gradients = list(found)
         for value in inputs[::-1]:
             value.grad = gradients.pop()
-        for parameter, gradient in zip(trainable.parameters, gradients, strict=True):
-            parameter.grad = gradient
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if trainable.config.clip_grad is not None:
-            nn.utils.clip_grads_with_norm_(trainable.parameters, trainable.config.clip_grad, norm)
-        trainable.optimizer.step()
-        return norm
+        return gradients
 
     def set_progress(self, progress: float) -> None:
         """Moves every learning-rate schedule to the share of the run that is over."""

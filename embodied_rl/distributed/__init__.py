@@ -1,0 +1,10 @@
+"""Update engines: how a loss becomes an optimiser step, on one process or many.
+
+The only place that may import accelerate, deepspeed or torch.distributed.
+"""
+
+from embodied_rl.distributed.ddp import DdpEngine
+from embodied_rl.distributed.local import LocalEngine, LocalTrainable
+from embodied_rl.distributed.ranks import Ranks
+
+__all__ = ["DdpEngine", "LocalEngine", "LocalTrainable", "Ranks"]

@@ -1,0 +1,59 @@
+"""The processes of a run, and what they tell one another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from embodied_rl.batch_renorm import BatchRenorm
+
+
+class Ranks:
+    """This process among those of the run.
+
+    Without an initialised process group there is one, and nothing is communicated.
+
+    Attributes:
+        rank: of this process, from 0.
+        world: how many there are.
+    """
+
+    def __init__(self) -> None:
+        ready = dist.is_available() and dist.is_initialized()
+        self.rank: int = dist.get_rank() if ready else 0
+        self.world: int = dist.get_world_size() if ready else 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        return self  # process groups cannot be copied, nor need they be
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Stacks a tensor of every rank, in order: [...] to [world, ...]; no gradient."""
+        if self.world == 1:
+            return tensor[None]
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.stack(parts)
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        """Replaces tensors by their means over the ranks, in one message for each dtype."""
+        if self.world == 1:
+            return
+        kinds = {(t.dtype, t.device) for t in tensors}
+        for kind in sorted(kinds, key=str):
+            group = [t for t in tensors if (t.dtype, t.device) == kind]
+            flat = torch.cat([t.reshape(-1) for t in group])
+            dist.all_reduce(flat)
+            flat /= self.world
+            for t, mean in zip(group, flat.split([t.numel() for t in group]), strict=True):
+                t.copy_(mean.view_as(t))
+
+    def share_statistics(self, module: nn.Module) -> None:
+        """Makes each Batch Renormalisation in a module take its moments over all ranks."""
+        if self.world > 1:
+            for layer in module.modules():
+                if isinstance(layer, BatchRenorm):
+                    layer.gather = self.gather

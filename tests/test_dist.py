@@ -1,0 +1,150 @@
+"""One, two and four processes take the same steps on the same global batch."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from tiny_flow import TinyFlow
+from torch.multiprocessing import spawn
+
+from embodied_rl.builders import build_policy, build_q_head, build_sac
+from embodied_rl.config import Config
+from embodied_rl.distributed import Ranks
+from embodied_rl.load_config import load_config
+from embodied_rl.policy import Policy
+from embodied_rl.registry import BACKBONES
+from embodied_rl.types import ArraySpec, Batch, EnvSpec
+
+pytestmark = pytest.mark.dist
+CPU = torch.device("cpu")
+B, D, H, A = 16, 4, 3, 2
+Job = tuple[list[str], int, bool]  # config, updates, whether statistics are shared
+SPEC = EnvSpec({"state": ArraySpec((D,), torch.float32)}, A, 20, "fake reach")
+
+
+def share(rank: int, world: int) -> slice:
+    size = B // world
+    return slice(rank * size, (rank + 1) * size)
+
+
+def global_batch(policy: Policy, number: int, rows: slice) -> Batch:
+    rng = torch.Generator().manual_seed(100 + number)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)[rows]
+
+    obs, following = {"state": 2 * draw(B, D) + 1}, {"state": 2 * draw(B, D) + 1}
+    noise = torch.Generator().manual_seed(number)  # of the base action: not what is compared
+    return Batch(
+        policy.backbone(obs, 0, noise).detach(),
+        policy.backbone(following, 0, noise).detach(),
+        torch.tanh(draw(B, H, A)),
+        draw(B),
+        torch.full((B,), 0.9, dtype=torch.float64)[rows],
+        torch.zeros(B, dtype=torch.bool)[rows],
+        obs,
+    )
+
+
+def learn(words: list[str], rank: int, world: int, updates: int) -> dict[str, torch.Tensor]:
+    """Takes a process's share of every batch; returns the weights."""
+    config, _ = load_config(Config, words)
+    torch.manual_seed(0)
+    policy = build_policy(config, SPEC, CPU).double()
+    sac = build_sac(config, policy, build_q_head(config, policy, CPU).double(), CPU)
+    rows, drawn = share(rank, world), torch.Generator().manual_seed(7)
+
+    def randn_like(tensor: torch.Tensor) -> torch.Tensor:
+        """Every rank draws the noise of the whole batch and takes its rows."""
+        assert len(tensor) == B // world
+        return torch.randn(B, *tensor.shape[1:], generator=drawn, dtype=tensor.dtype)[rows]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randn_like", randn_like)
+        for number in range(updates):
+            sac.update(global_batch(policy, number, rows), env_steps=0)
+    parts = {"actor": policy.actor, "q": sac.q_head, "temperature": sac.temperature}
+    state = {f"{p}.{k}": v for p, m in parts.items() for k, v in m.state_dict().items()}
+    state |= {f"backbone.{k}": v for k, v in policy.backbone.state_dict().items()}
+    return {k: v.detach().clone().contiguous() for k, v in state.items()}
+
+
+def process(rank: int, world: int, folder: str, jobs: dict[str, Job]) -> None:
+    """One of several; rank 0 writes the weights of each job."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+    )
+    BACKBONES.register("tiny_flow", "tiny_flow:TinyFlow")
+    shares = Ranks.share_statistics
+    for name, (words, updates, shared) in jobs.items():
+        # left out to see that the comparison notices
+        Ranks.share_statistics = shares if shared else lambda self, module: None
+        found = learn(words, rank, world, updates)
+        if rank == 0:
+            save_file(found, f"{folder}/{name}.safetensors")
+    dist.destroy_process_group()
+
+
+TRAINED = ("policy.cache_features=false", "policy.trainable=full", "policy.optim.lr=1e-3")
+WAYS = {"frozen": (), "whole": TRAINED, "pieces": (*TRAINED, "policy.micro_batch=3")}
+HEADS = ("crossq", "default")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Weights by number of processes and job, after 50 updates."""
+    folder = tmp_path_factory.mktemp("dist")
+    torch.manual_seed(4)
+    Policy(TinyFlow(D, A, H), "tiny_flow").save_pretrained(folder / "flow")
+    common = [
+        f"policy.path={folder / 'flow'}",
+        "actor.hidden=[16]",
+        "actor.batch_renorm=true",
+        "actor.average_decay=0",
+        "critic.hidden=[16,16]",
+        "critic.batch_renorm.warmup_steps=20",
+        "critic.batch_renorm.momentum=0.9",
+        "critic.optim.clip_grad=0.5",
+        "algorithm.critic_warmup_steps=0",
+        "algorithm.demo.fraction=0",
+    ]
+    jobs: dict[str, Job] = {
+        f"{head}-{way}": ([*common, f"algorithm.q_head_type={head}", *more], 50, True)
+        for head in HEADS
+        for way, more in WAYS.items()
+    }
+    jobs["unshared"] = ([*common, "algorithm.q_head_type=crossq"], 10, False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BACKBONES, "_table", {**BACKBONES._table, "tiny_flow": "tiny_flow:TinyFlow"})
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        found = {1: {name: learn(words, 0, 1, n) for name, (words, n, _) in jobs.items()}}
+        for world in (2, 4):
+            inside = folder / str(world)
+            inside.mkdir()
+            spawn(process, (world, str(inside), jobs), nprocs=world, join=True)
+            found[world] = {name: load_file(inside / f"{name}.safetensors") for name in jobs}
+    return found
+
+
+def furthest(one: dict, other: dict) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[k] - other[k]).abs().max()) for k in one if one[k].is_floating_point())
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("head", HEADS)
+def test_processes_equal_one(weights, head, way, world):
+    """50 updates in float64: 1e-10, with Batch Renormalisation in actor and critic."""
+    job = f"{head}-{way}"
+    assert furthest(weights[1][job], weights[world][job]) < 1e-10
+
+
+def test_the_comparison_notices_unshared_statistics(weights):
+    assert furthest(weights[1]["unshared"], weights[2]["unshared"]) > 1e-3
