@@ -274,6 +274,32 @@ class Config:
 
 
 @dataclass
+class AssumeConfig:
+    """What `plan` takes for granted of an environment that it does not start."""
+
+    state_dim: Optional[int] = None  # numbers of proprioception; null: the policy's
+    action_dim: Optional[int] = None  # null: the policy's
+    cameras: Optional[int] = None  # null: those of policy.cameras, or as many as the policy has
+    image_size: Optional[int] = None  # pixels, side of an image; null: from env.kwargs, or 128
+    episode_steps: Optional[int] = None  # null: env.max_episode_steps, or 50
+
+
+@dataclass
+class PlanConfig(Config):
+    """Everything `python -m embodied_rl.plan` reads: all keys of `train`, and what it runs on."""
+
+    gpu: Any = None  # a known device, or a list of them; null: all of them, or the cpu with gflops=
+    gpus: int = 1  # devices that share a run
+    gpu_tflops: Optional[float] = None  # peak of a device that is not known
+    gpu_memory_gib: Optional[float] = None
+    gpu_bandwidth: Optional[float] = None  # GB/s
+    gflops: Optional[float] = None  # gpu=cpu: float32 GFLOP/s that it reaches in a matrix product
+    env_steps_per_s: Optional[float] = None  # of all environments together, as measured
+    json: Optional[str] = None  # file to write the plan to; the word --json prints it instead
+    assume: AssumeConfig = field(default_factory=AssumeConfig)
+
+
+@dataclass
 class EvaluateConfig:
     """Everything `python -m embodied_rl.evaluate` reads."""
 

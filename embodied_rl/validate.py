@@ -125,6 +125,17 @@ RANGES: dict[str, tuple[str, float, float, str]] = {
     "max_steps_multiple": ("[", 1, INF, ")"),
     "steps": ("[", 1, INF, ")"),
     "seed": ("[", 0, 2**30 - 1, "]"),
+    "gpus": ("[", 1, 65_536, "]"),
+    "gpu_tflops": ("(", 0, INF, ")"),
+    "gpu_memory_gib": ("(", 0, INF, ")"),
+    "gpu_bandwidth": ("(", 0, INF, ")"),
+    "gflops": ("(", 0, INF, ")"),
+    "env_steps_per_s": ("(", 0, INF, ")"),
+    "assume.state_dim": ("[", 1, INF, ")"),
+    "assume.action_dim": ("[", 1, INF, ")"),
+    "assume.cameras": ("[", 1, 64, "]"),
+    "assume.image_size": ("[", 1, 16_384, "]"),
+    "assume.episode_steps": ("[", 1, INF, ")"),
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from embodied_rl import load_config as loading
-from embodied_rl.config import Config, DemosConfig, EvaluateConfig, PretrainConfig
+from embodied_rl.config import Config, DemosConfig, EvaluateConfig, PlanConfig, PretrainConfig
 from embodied_rl.errors import UserError
 from embodied_rl.load_config import load_config, load_run_config, save_config, schema_keys
 from embodied_rl.registry import ACTORS, Q_HEADS
@@ -16,7 +16,7 @@ from embodied_rl.validate import leaves
 
 pytestmark = pytest.mark.unit
 ROOT = Path(__file__).resolve().parent.parent
-SCHEMAS = (Config, EvaluateConfig, PretrainConfig, DemosConfig)
+SCHEMAS = (Config, EvaluateConfig, PretrainConfig, DemosConfig, PlanConfig)
 ACCEPT_ONLY = {"adv_type", "loss_type", "loss_agg_func", "group_size"}
 
 # RLinf's documentation of CrossQ, section 4, verbatim.

@@ -30,16 +30,17 @@ LAYERS = (
         "progress",
         "stopping",
         "diagnostics",
+        "costs",
     ),
     ("builders",),
     ("trainer",),
-    ("cli", "train", "evaluate", "pretrain", "demos", "doctor"),
+    ("cli", "train", "evaluate", "pretrain", "demos", "doctor", "plan"),
 )
 WITHIN = {  # (importer, imported) of the same layer
     ("registry", "errors"),
     ("sac", "temperature"),
     ("policy", "judge"),
-    *((command, "cli") for command in ("train", "evaluate", "pretrain", "demos")),
+    *((command, "cli") for command in ("train", "evaluate", "pretrain", "demos", "plan")),
     ("replay.__main__", "cli"),
 }
 COMMAND_LINES = {"replay.__main__"}  # in the last layer, wherever their package stands

@@ -1,0 +1,1 @@
+"""What a run costs, counted on the meta device: nothing is allocated and nothing is computed."""
