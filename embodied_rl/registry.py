@@ -70,6 +70,7 @@ BACKBONES = Registry(
     {
         "state": "embodied_rl.backbones.state:StateBackbone",
         "pi0": "embodied_rl.backbones.pi0:Pi0Backbone",
+        "act": "embodied_rl.backbones.act:ActBackbone",
         "small_vla": "embodied_rl.backbones.small_vla:SmallVLABackbone",
     },
 )
@@ -84,7 +85,7 @@ SKETCHES = Registry(
     },
 )
 # `type` or `model_type` in the config.json of another project's policy folder -> backbone
-LAYOUTS: dict[str, str] = {"pi0": "pi0"}
+LAYOUTS: dict[str, str] = {"pi0": "pi0", "act": "act"}
 ACTORS = Registry(
     "actor adapter",
     "actor.type",

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import tiny_act
 import tiny_pi0
+import tiny_rgb
 import tiny_vla
 import torch
 from tiny_flow import TinyFlow
@@ -288,6 +290,8 @@ def made(name, spec, observations, tmp_path):
         return tiny_vla.backbone(tmp_path), tiny_vla.SPEC, tiny_vla.observations(count=B)
     if name == "pi0":  # cannot be built from scratch, and reads images
         return tiny_pi0.backbone(), tiny_pi0.SPEC, tiny_pi0.observations(count=B)
+    if name == "act":
+        return tiny_act.backbone(), tiny_rgb.SPEC, tiny_rgb.observations(count=B)
     return BACKBONES.get(name).for_env(spec).eval(), spec, observations
 
 

@@ -7,13 +7,16 @@ Read from the published source (LeRobot 0.4 and later; checked against its repos
     policy_preprocessor.json    steps: rename, batch, (newline), tokenizer, device, normalizer
     policy_postprocessor.json   steps: unnormalizer, device
     <state_file>.safetensors    of a step: "<feature>.<statistic>" -> tensor
+
+Before 0.4 there were no such steps: the statistics are in model.safetensors (`lerobot_buffers`).
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from embodied_rl.backbones.lerobot_buffers import from_buffers
 from embodied_rl.backbones.lerobot_normalise import Normaliser
 from embodied_rl.errors import UserError
 
@@ -52,6 +56,7 @@ class LeRobotFolder:
         state: normalisation of observation.state.
         action: normalisation of the action.
         tokenizer: settings of the tokenizer step (tokenizer_name, max_length); empty: no such step.
+        inputs: normalisation of every other input, by its long name.
     """
 
     config: dict[str, Any]
@@ -61,6 +66,7 @@ class LeRobotFolder:
     state: Normaliser
     action: Normaliser
     tokenizer: dict[str, Any]
+    inputs: dict[str, Normaliser] = field(default_factory=dict)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -97,34 +103,56 @@ def short_name(feature: str) -> str:
     return feature.removeprefix(IMAGES).removeprefix("observation.")
 
 
-def read_lerobot(folder: Path, own_steps: frozenset[str] = frozenset()) -> LeRobotFolder:
+def read_lerobot(
+    folder: Path,
+    own_steps: frozenset[str] = frozenset(),
+    *,
+    scales_images: bool = False,
+    buffers: Mapping[str, Tensor] | None = None,
+) -> LeRobotFolder:
     """Reads everything but the weights.
 
     Args:
         folder: the policy's folder.
         own_steps: processor steps that the calling backbone does itself.
+        scales_images: whether it normalises images by their statistics.
+        buffers: statistics found among the weights, for folders without processors.
 
     Raises:
         UserError: a file is missing or damaged, or asks for what this project does not do.
     """
     config = read_json(folder / CONFIG)
-    pre, post = _steps(folder / PRE, own_steps), _steps(folder / POST, own_steps)
     inputs, outputs = _features(folder, config, "input"), _features(folder, config, "output")
     modes = config.get("normalization_mapping") or {}
     cameras = tuple(short_name(k) for k, f in inputs.items() if f.get("type") == "VISUAL")
-    if modes.get("VISUAL", "IDENTITY") != "IDENTITY":
+    if modes.get("VISUAL", "IDENTITY") != "IDENTITY" and not scales_images:
         raise UserError(
             f"{folder / CONFIG}: VISUAL normalisation {modes['VISUAL']!r} is not supported. "
             "Allowed: IDENTITY."
         )
+    old = bool(buffers) and not (folder / PRE).is_file()
+    pre = [] if old else _steps(folder / PRE, own_steps)
+    post = [] if old else _steps(folder / POST, own_steps)
+
+    def normaliser(feature: str, kind: str) -> Normaliser:
+        if old:
+            mode = str(modes.get(kind, "IDENTITY"))
+            return from_buffers(buffers or {}, feature, mode, str(folder))
+        if kind == "ACTION":
+            return _normaliser(folder / POST, post, "unnormalizer_processor", feature, kind)
+        return _normaliser(folder / PRE, pre, "normalizer_processor", feature, kind)
+
+    others = {} if not scales_images else {k: f for k, f in inputs.items() if k != STATE}
+    told = {k: normaliser(k, str(f.get("type"))) for k, f in others.items()}
     return LeRobotFolder(
         config,
         cameras,
         _size(inputs, STATE, config.get("max_state_dim")),
         _size(outputs, ACTION, config.get("max_action_dim")),
-        _normaliser(folder / PRE, pre, "normalizer_processor", STATE, "STATE"),
-        _normaliser(folder / POST, post, "unnormalizer_processor", ACTION, "ACTION"),
+        normaliser(STATE, "STATE") if not old or STATE in inputs else Normaliser(),
+        normaliser(ACTION, "ACTION"),
         next((s.get("config", {}) for n, s in pre if n == "tokenizer_processor"), {}),
+        told,
     )
 
 
