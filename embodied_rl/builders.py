@@ -86,37 +86,38 @@ def build_policy(config: Config, spec: EnvSpec, device: torch.device) -> Policy:
     Raises:
         UserError: the policy cannot be loaded or does not fit the environment.
     """
-    if config.policy.path is None:
-        backbone_type = config.policy.backbone
-        backbone = BACKBONES.get(backbone_type).for_env(spec)
-        actor, actor_type = None, None
+    path = config.policy.path
+    if path is None:
+        kind = config.policy.backbone
+        loaded = Policy(BACKBONES.get(kind).for_env(spec), kind)
     else:
-        loaded = Policy.from_pretrained(config.policy.path, config.policy)
-        backbone, backbone_type = loaded.backbone, loaded.backbone_type
-        actor, actor_type = loaded.actor, loaded.actor_type
+        loaded = Policy.from_pretrained(path, config.policy)
+    backbone = loaded.backbone
     backbone.check_env(spec)
-    already = None if config.policy.path is None else loaded.trained
-    if already is None:
+    if loaded.trained is None:
         unfreeze(backbone, config.policy)
-    elif describe(config.policy) != already:
-        same = " ".join(f"policy.{key}={value}" for key, value in already.items())
+    elif describe(config.policy) != loaded.trained:
+        same = " ".join(f"policy.{key}={value}" for key, value in loaded.trained.items())
         raise UserError(
-            f"policy.trainable={config.policy.trainable}, but the backbone in {config.policy.path} "
-            f"was trained already. Go on in the same way: {same}; or start from its pretrained "
-            "policy."
+            f"policy.trainable={config.policy.trainable}, but the backbone in {path} was trained "
+            f"already. Go on in the same way: {same}; or start from its pretrained policy."
         )
+    execute = config.rollout.execute_steps or loaded.execute_steps
+    actor, actor_type = loaded.actor, config.actor.type
     if actor is None:
-        actor_type = config.actor.type
         renorm = config.critic.batch_renorm if config.actor.batch_renorm else None
-        actor = ACTORS.get(actor_type).for_backbone(backbone, config.actor, renorm)
-    elif actor_type != config.actor.type:
-        raise UserError(
-            f"actor.type={config.actor.type}, but {config.policy.path} was finetuned with a "
-            f"{actor_type} actor. Set actor.type={actor_type}, or start from its pretrained policy."
-        )
+        actor = ACTORS.get(actor_type).for_backbone(backbone, config.actor, renorm, execute)
+    for key, given, found in (
+        ("actor.type", actor_type, loaded.actor_type),
+        ("rollout.execute_steps", execute, loaded.execute_steps),
+    ):
+        if loaded.actor is not None and given != found:
+            raise UserError(
+                f"{key}={given}, but {path} was finetuned with {found}. Set {key}={found}, or "
+                "start from its pretrained policy."
+            )
     env = {key: getattr(config.env, key) for key in ENV_KEYS}
-    execute = config.rollout.execute_steps
-    policy = Policy(backbone, backbone_type, actor, actor_type, env, execute)
+    policy = Policy(backbone, loaded.backbone_type, actor, actor_type, env, execute)
     policy.trained = describe(config.policy)
     check_decisions(config.env, policy)
     return policy.to(device)

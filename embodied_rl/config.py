@@ -224,7 +224,7 @@ class RolloutConfig:
     steps: int = 16  # steps of every environment per iteration
     random_steps: int = 0  # first env steps with uniform random actions (from-scratch runs)
     max_trajectory_steps: int = 200  # longer episodes enter replay in pieces of this many decisions
-    execute_steps: Optional[int] = None  # actions executed of each chunk; null: all
+    execute_steps: Optional[int] = None  # actions executed of each chunk; null: as the policy says
 
 
 @dataclass

@@ -74,7 +74,7 @@ def check_demos(path: Path, trajectories: list[Trajectory], policy: Policy) -> N
             f"the state observations in {path}: {found}; the policy reads {backbone.feature_dim}. "
             "Set algorithm.demo.path to demonstrations of this task, or algorithm.demo.fraction=0."
         )
-    wanted = (backbone.chunk_size, backbone.action_dim)
+    wanted = (policy.execute_steps, backbone.action_dim)
     found = tuple(trajectories[0].fields["action"].shape[1:])
     if found != wanted:
         raise UserError(

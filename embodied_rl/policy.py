@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from embodied_rl.backbones.lerobot_hub import download, is_hub_id
 from embodied_rl.config import PolicyConfig
 from embodied_rl.errors import UserError
 from embodied_rl.interfaces import ActorAdapter, Backbone
@@ -80,7 +81,7 @@ class Policy(nn.Module):
         deterministic: bool = True,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Returns action chunks [B, H, A] in [-1, 1] for observations [B, ...].
+        """Returns the actions to execute, [B, `execute_steps`, A] in [-1, 1].
 
         Args:
             obs: observations.
@@ -96,17 +97,17 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def encode(self, obs: Obs, generator: torch.Generator | None = None) -> Features:
-        """Returns the backbone's features."""
+        """Returns the backbone's features, with those actions of its chunks that are executed."""
         self.eval()
         samples = 1 if self.actor is None else self.actor.base_samples
-        return self.backbone(obs, samples, generator)
+        return self.backbone(obs, samples, generator).cut(self.execute_steps)
 
     @torch.no_grad()
     def decode(self, features: Features, action: Tensor) -> Tensor:
-        """Returns the chunks [B, H, A] that the environment executes for the actor's actions."""
+        """Returns what is executed, [B, `execute_steps`, A], for the actor's actions."""
         if self.actor is None:
             return action
-        return self.actor.decode(self.backbone, features, action)
+        return self.actor.decode(self.backbone, features, action)[:, : self.execute_steps]
 
     def _elsewhere(self) -> set[str]:
         """Weights that a policy folder leaves in the backbone's own folder, by name."""
@@ -147,7 +148,8 @@ class Policy(nn.Module):
         backbone = BACKBONES.get(kind).from_folder(folder, options)
         backbone.source = str(folder.resolve())
         backbone.source_hash = backbone.weights_hash()
-        return cls(backbone, kind)
+        steps = config.get("n_action_steps")  # LeRobot's name for it
+        return cls(backbone, kind, execute_steps=steps if isinstance(steps, int) else None)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, options: PolicyConfig | None = None) -> Policy:
@@ -238,6 +240,8 @@ def find_policy(path: str | Path) -> Path:
     Raises:
         UserError: nothing there; lists the shipped policies.
     """
+    if is_hub_id(str(path)) and not (SHIPPED / path).exists():
+        path = download(str(path))
     path = Path(path)
     places = [path, path / "policy", path / "checkpoints" / "best" / "policy"]
     for place in [*places, path / "checkpoints" / "last" / "policy", SHIPPED / path]:
@@ -247,7 +251,8 @@ def find_policy(path: str | Path) -> Path:
     what = f"{path} holds no {CONFIG}" if path.is_dir() else f"no folder {path}"
     raise UserError(
         f"cannot load the policy: {what}. Give a policy folder ({CONFIG} + {WEIGHTS}), a run or "
-        f"checkpoint folder, or a shipped policy: {', '.join(shipped)}."
+        f"checkpoint folder, a Hub repository (owner/name), or a shipped policy: "
+        f"{', '.join(shipped)}."
     )
 
 

@@ -45,6 +45,13 @@ class Features:
         """Returns the same features cut from the graph, without context."""
         return self.map(Tensor.detach)
 
+    def cut(self, steps: int) -> Features:
+        """Returns the features with the first `steps` actions of each chunk."""
+        if steps >= self.base_action.shape[1]:
+            return self
+        candidates = None if self.candidates is None else self.candidates[:, :, :steps]
+        return Features(self.vector, self.base_action[:, :steps], candidates, self.context)
+
     def tensors(self) -> dict[str, Tensor]:
         """What replay stores, by field name."""
         parts = {"vector": self.vector, "base_action": self.base_action}

@@ -82,6 +82,8 @@ def test_noise_is_what_the_flow_starts_from(flow, obs, make_config):
     noise = (1.5 * sample.action).repeat(1, H, 1)
     torch.testing.assert_close(executed, flow.denoise(features.context, noise).clamp(-1, 1))
     assert policy.act(obs).shape == (B, H, A)
+    two = Policy(flow, "tiny_flow", policy.actor, "noise", execute_steps=2)
+    torch.testing.assert_close(two.act(obs), policy.act(obs)[:, :2])
     assert torch.equal(policy.act(obs), policy.act(obs)), "its mode is deterministic"
 
 
@@ -237,5 +239,6 @@ def test_every_adapter_trains_on_a_flow_policy(head, actor, folder, make_config,
     assert results["updates"] > 0 and set(encoded) == {0}, "no update runs the policy"
     assert any(not torch.equal(v, policy.actor.state_dict()[k]) for k, v in before.items())
     assert trainer._batch.action.shape[1:] == policy.actor.action_shape
+    assert policy.actor.action_shape == ((1, A) if actor[0] == "noise" else (2, A)), "as executed"
     saved = Policy.from_pretrained(tmp_path / "run")
-    assert saved.act({"state": torch.randn(5, D)}).shape == (5, H, A)
+    assert saved.act({"state": torch.randn(5, D)}).shape == (5, 2, A)

@@ -137,8 +137,8 @@ def test_chunked_execution(collect, scripted):
     _, (fields,) = collect(policy, 5, limit=5)
     assert fields["obs.state"][:, 3].tolist() == [0, 2, 4, 5]
     assert fields["steps"].tolist() == [2, 2, 1, 0]
-    assert fields["action"].shape == (4, 3, 2), "the whole chunk is stored"
-    assert fields["action"][0, :, 0].tolist() == pytest.approx([0.1, 0.2, 0.9], rel=1e-6)
+    assert fields["action"].shape == (4, 2, 2), "what is executed is stored"
+    assert fields["action"][0, :, 0].tolist() == pytest.approx([0.1, 0.2], rel=1e-6)
     start = fields["obs.state"][0, :2]
     moved = torch.tensor([0.02, 0.06, 0.08, 0.12, 0.14])  # 0.2 * cumulative 0.1, 0.2, 0.1, ...
     path = start + torch.stack([moved, torch.zeros(5)], 1)

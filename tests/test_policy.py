@@ -25,7 +25,7 @@ def make(make_backbone, make_config):
         backbone = TinyFlow(4, 2, chunk) if actor == "noise" else make_backbone(chunk)
         adapter = None
         if actor is not None:
-            adapter = ACTORS.get(actor).for_backbone(backbone, make_config().actor, None)
+            adapter = ACTORS.get(actor).for_backbone(backbone, make_config().actor, None, execute)
             with torch.no_grad():
                 for p in adapter.parameters():
                     p.add_(0.1 * torch.randn_like(p))
@@ -44,7 +44,7 @@ def test_round_trip(make, tmp_path, actor, flow_folder):
     assert loaded.env == policy.env and loaded.execute_steps == 2
     assert loaded.backbone.fingerprint() == policy.backbone.fingerprint()
     action = policy.act(OBS)
-    assert action.shape == (2, 3, 2) and not action.requires_grad
+    assert action.shape == (2, 2, 2) and not action.requires_grad
     assert torch.equal(loaded.act(OBS), action)
     assert torch.equal(loaded.act(OBS), loaded.act(OBS))
     for p in (policy, loaded):

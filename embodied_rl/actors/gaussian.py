@@ -72,12 +72,16 @@ class GaussianActor(ActorAdapter):
 
     @classmethod
     def for_backbone(
-        cls, backbone: Backbone, config: ActorConfig, renorm: BatchRenormConfig | None
+        cls,
+        backbone: Backbone,
+        config: ActorConfig,
+        renorm: BatchRenormConfig | None,
+        execute_steps: int | None = None,
     ) -> GaussianActor:
         """Builds the actor that starts as the backbone's policy."""
         return cls(
             backbone.feature_dim,
-            backbone.chunk_size,
+            min(execute_steps or backbone.chunk_size, backbone.chunk_size),
             backbone.action_dim,
             config.hidden,
             initial_std=config.initial_std,

@@ -96,13 +96,18 @@ class NoiseActor(ActorAdapter):
 
     @classmethod
     def for_backbone(
-        cls, backbone: Backbone, config: ActorConfig, renorm: BatchRenormConfig | None
+        cls,
+        backbone: Backbone,
+        config: ActorConfig,
+        renorm: BatchRenormConfig | None,
+        execute_steps: int | None = None,
     ) -> NoiseActor:
         """Builds the actor that starts near the backbone's own noise.
 
         Raises:
             UserError: the policy draws no noise.
         """
+        del execute_steps  # one noise for the whole chunk
         if not isinstance(backbone, FlowBackbone):
             raise UserError(
                 f"actor.type=noise steers the noise of a flow policy, but {type(backbone).__name__}"

@@ -130,7 +130,11 @@ class ResidualActor(ActorAdapter):
 
     @classmethod
     def for_backbone(
-        cls, backbone: Backbone, config: ActorConfig, renorm: BatchRenormConfig | None
+        cls,
+        backbone: Backbone,
+        config: ActorConfig,
+        renorm: BatchRenormConfig | None,
+        execute_steps: int | None = None,
     ) -> ResidualActor:
         """Builds the actor that starts as the backbone's policy.
 
@@ -145,7 +149,7 @@ class ResidualActor(ActorAdapter):
             )
         return cls(
             backbone.feature_dim,
-            backbone.chunk_size,
+            min(execute_steps or backbone.chunk_size, backbone.chunk_size),
             backbone.action_dim,
             config.hidden,
             scale=config.residual_scale,

@@ -87,6 +87,18 @@ class ActorAdapter(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def for_backbone(
-        cls, backbone: Backbone, config: ActorConfig, renorm: BatchRenormConfig | None
+        cls,
+        backbone: Backbone,
+        config: ActorConfig,
+        renorm: BatchRenormConfig | None,
+        execute_steps: int | None = None,
     ) -> ActorAdapter:
-        """Builds the adapter that starts as the backbone's policy."""
+        """Builds the adapter that starts as the backbone's policy.
+
+        Args:
+            backbone: the policy.
+            config: the adapter's settings.
+            renorm: Batch Renormalisation settings; None for none.
+            execute_steps: actions executed of each chunk, which are all that critic and actor deal
+                with; None for all.
+        """
