@@ -10,6 +10,7 @@ from embodied_rl import cli
 from embodied_rl.config import EvaluateConfig
 from embodied_rl.errors import UserError
 from embodied_rl.load_config import load_config
+from embodied_rl.validate import validate
 
 
 def main(args: list[str]) -> int:
@@ -33,6 +34,7 @@ def main(args: list[str]) -> int:
     for key, value in policy.env.items():  # the policy knows its environment; the user may differ
         if f"env.{key}" not in given:
             setattr(config.env, key, value)
+    validate(config)
     name = Path(config.policy).resolve().name
     stamp = time.strftime("%Y%m%d-%H%M%S")
     out = cli.prepare_folder(Path(config.out or f"evaluations/{name}_{stamp}"), config.overwrite)

@@ -71,10 +71,10 @@ def observations(count: int = 8, seed: int = 2) -> dict[str, torch.Tensor]:
 
 
 def demos(count: int = 4, length: int = 10) -> list[Trajectory]:
-    """Random pictures; the action is what the instruction and the first joint say."""
+    """Random pictures, the same for each instruction; it and the first joint say the action."""
     trajectories = []
     for i in range(count):
-        obs = observations(length + 1, seed=i)
+        obs = observations(length + 1, seed=i // len(TOLD))
         obs["instruction"] = torch.full((length + 1,), i % len(TOLD))
         sign = 1 - 2 * (i % len(TOLD))
         action = torch.stack([obs["agent.qpos"][:, 0].tanh(), torch.full((length + 1,), 0.5)], 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 
@@ -29,6 +31,7 @@ def make_demonstrators(config: EnvConfig, num_envs: int) -> WorkerVecEnv:
             wanted, found = getattr(expert, key), getattr(config, key)
             if wanted is not None and found != wanted:
                 raise UserError(f"env.{key}={found}: the expert for {task} needs {wanted}.")
+    config = dataclasses.replace(config, render_every=1)  # policies may decide at any step
     return start_workers(build_demonstrator, config, num_envs, rebuild_every=1)
 
 
