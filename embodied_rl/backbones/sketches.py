@@ -62,13 +62,13 @@ def sketch_small_vla(
     backbone = backbone.to("meta")
     a, image = backbone.arguments, assumed.image_size
     obs = {camera: ArraySpec((image, image, 3), torch.uint8) for camera in a.cameras}
-    obs |= {key: ArraySpec((), torch.float32) for key in a.state}
+    obs |= {key: ArraySpec((1,), torch.float32) for key in a.state}
     # which entry has how many numbers is not told; only their sum matters
     obs[a.state[0]] = ArraySpec((a.state_dim - len(a.state) + 1,), torch.float32)
     obs[INSTRUCTION] = SCALAR
     assumed.note(
-        f"observations: {len(a.cameras)} images of {image} x {image} pixels, {a.state_dim} numbers "
-        "and an instruction, which the policy reads, and no others"
+        f"observations: cameras ({len(a.cameras)}, of {image} x {image} pixels), {a.state_dim} "
+        "numbers and an instruction, and no others"
     )
     return Sketch(backbone, _spec(obs, a.action_dim, assumed), (tower,))
 

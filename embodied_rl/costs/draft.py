@@ -169,7 +169,8 @@ def _actor(config: Config, policy: Policy, told: dict[str, Any] | None, folder: 
     kind = config.actor.type
     if told is None:
         renorm = config.critic.batch_renorm if config.actor.batch_renorm else None
-        return ACTORS.get(kind).for_backbone(policy.backbone, config.actor, renorm)
+        execute = config.rollout.execute_steps
+        return ACTORS.get(kind).for_backbone(policy.backbone, config.actor, renorm, execute)
     arguments = dict(told)
     found = arguments.pop("type")
     if found != kind:

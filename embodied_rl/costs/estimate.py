@@ -95,7 +95,7 @@ def estimate(config: Config, assumed: Assumed, devices: int) -> Estimate:
     batch_rows = math.ceil(config.algorithm.batch_size / devices)
     acting_rows = math.ceil(config.env.num_envs / devices)
     costs = measure(made, batch_rows, acting_rows)
-    replay = storage(made, costs.features, assumed.max_episode_steps)
+    replay = storage(made, costs.features, assumed.max_episode_steps, devices)
     parts = _parts(made)
     accounts = made.engine.accounts.values()
     held = {
@@ -147,7 +147,7 @@ def _parts(draft: Draft) -> list[Part]:
         _part("critics, target", others, []),
         _part("temperature", draft.temperature.parameters(), []),
     ]
-    return [part for part in parts if part.count]
+    return [part for part in parts if part.nbytes]
 
 
 def _part(name: str, parameters: Iterable[Tensor], buffers: Iterable[Tensor]) -> Part:

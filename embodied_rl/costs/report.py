@@ -149,13 +149,13 @@ def _work(plan: Estimate) -> list[str]:
 
 
 def _devices(plan: Estimate, outlooks: list[Outlook]) -> list[str]:
-    heads = ("spare", "inference/s", "eager", "updates/s", "eager", "run, at least")
+    heads = ("spare", "decisions/s", "eager", "updates/s", "eager", "run, at least")
     lines = [f"  {'DEVICE':<12}" + "".join(f" {head:>13}" for head in heads)]
     for o in outlooks:
         cells = (
             size(o.spare),
-            rate(o.inference_s),
-            rate(o.inference_eager_s) if o.device.launch_us else "",
+            rate(o.inference_s / plan.acting_rows),
+            rate(o.inference_eager_s / plan.acting_rows) if o.device.launch_us else "",
             rate(o.update_s),
             rate(o.update_eager_s) if o.device.launch_us else "",
             duration(o.total_s),

@@ -31,7 +31,7 @@ class Storage:
         trajectory_rows: rows of a trajectory.
         trajectories: that the run makes.
         window_trajectories: of them, those that batches are drawn from.
-        cache_rows: rows that the memory is allocated for, at the end of the run.
+        cache_rows: rows that each device's cache is allocated for, at the end of the run.
     """
 
     observations: int
@@ -66,8 +66,8 @@ class Storage:
         return self.cache_rows * self.cached
 
 
-def storage(draft: Draft, features: Features, max_episode_steps: int) -> Storage:
-    """Computes it from one observation's features."""
+def storage(draft: Draft, features: Features, max_episode_steps: int, devices: int = 1) -> Storage:
+    """Computes it from one observation's features; `devices` share the trajectories evenly."""
     config, algorithm = draft.config, draft.config.algorithm
     plain, full = _fields(draft, None), _fields(draft, features)
     stored = full if config.policy.cache_features else plain
@@ -91,7 +91,7 @@ def storage(draft: Draft, features: Features, max_episode_steps: int) -> Storage
         rows,
         trajectories,
         min(trajectories, settings.sample_window_size),
-        _cache_rows(trajectories, rows, cached, algorithm),
+        _cache_rows(math.ceil(trajectories / devices), rows, cached, algorithm),
     )
 
 
