@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from embodied_rl import builders, cli
-from embodied_rl.config import PretrainConfig
+from embodied_rl.config import EnvConfig, PretrainConfig
 from embodied_rl.demonstrations import read_demos, read_instructions
 from embodied_rl.distributed import LocalEngine
 from embodied_rl.errors import UserError
@@ -58,9 +59,15 @@ def main(args: list[str]) -> int:
     print(
         f"success on {config.eval.episodes} episodes: {summary['success_once']:.1%} (at end "
         f"{summary['success_at_end']:.1%}){by_task}\npolicy: {out}\n"
-        f"finetune it: python -m embodied_rl.train policy.path={out}"
+        f"finetune it: python -m embodied_rl.train policy.path={out} {_env_hint(config)}".rstrip()
     )
     return 0
+
+
+def _env_hint(config: PretrainConfig) -> str:
+    """What `train` must be told besides, where the environment is not its default one."""
+    changed = dataclasses.replace(config.env, num_envs=EnvConfig().num_envs) != EnvConfig()
+    return f"and the env keys of {Path(config.out) / 'pretrain.yaml'}" if changed else ""
 
 
 def split(

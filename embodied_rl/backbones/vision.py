@@ -113,6 +113,7 @@ class TransformersVision(VisionTower):
         self.size = _side(size)
         self.patch = int(config.patch_size)
         self.channels = int(config.hidden_size)
+        self.register_buffer("side", torch.tensor(self.size))  # so that the fingerprint tells it
         self.register_buffer("mean", torch.tensor(processor.get("image_mean", [0.5] * 3)))
         self.register_buffer("std", torch.tensor(processor.get("image_std", [0.5] * 3)))
 
