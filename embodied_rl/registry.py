@@ -71,6 +71,7 @@ BACKBONES = Registry(
         "state": "embodied_rl.backbones.state:StateBackbone",
         "pi0": "embodied_rl.backbones.pi0:Pi0Backbone",
         "act": "embodied_rl.backbones.act:ActBackbone",
+        "smolvla": "embodied_rl.backbones.smolvla:SmolVLABackbone",
         "small_vla": "embodied_rl.backbones.small_vla:SmallVLABackbone",
     },
 )
@@ -85,7 +86,7 @@ SKETCHES = Registry(
     },
 )
 # `type` or `model_type` in the config.json of another project's policy folder -> backbone
-LAYOUTS: dict[str, str] = {"pi0": "pi0", "act": "act"}
+LAYOUTS: dict[str, str] = {"pi0": "pi0", "act": "act", "smolvla": "smolvla"}
 ACTORS = Registry(
     "actor adapter",
     "actor.type",

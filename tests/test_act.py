@@ -420,7 +420,6 @@ def test_a_run_of_updates(cached, folder, make_config, monkeypatch, tmp_path):
         "algorithm.batch_size=4",
         f"policy.cache_features={str(cached).lower()}",
         *([] if cached else ["policy.trainable=last"]),
-        "rollout.execute_steps=2",
         "rollout.steps=24",
         "train.total_steps=96",
         "algorithm.update_epoch=2",

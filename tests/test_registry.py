@@ -6,6 +6,7 @@ import pytest
 import tiny_act
 import tiny_pi0
 import tiny_rgb
+import tiny_smolvla
 import tiny_vla
 import torch
 from tiny_flow import TinyFlow
@@ -292,6 +293,8 @@ def made(name, spec, observations, tmp_path):
         return tiny_pi0.backbone(), tiny_pi0.SPEC, tiny_pi0.observations(count=B)
     if name == "act":
         return tiny_act.backbone(), tiny_rgb.SPEC, tiny_rgb.observations(count=B)
+    if name == "smolvla":
+        return tiny_smolvla.backbone(), tiny_rgb.SPEC, tiny_rgb.observations(count=B)
     return BACKBONES.get(name).for_env(spec).eval(), spec, observations
 
 

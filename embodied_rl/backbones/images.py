@@ -8,7 +8,7 @@ from torch import Tensor
 
 from embodied_rl.errors import UserError
 
-RESIZES = ("openpi", "transformers")
+RESIZES = ("openpi", "transformers", "smolvla")
 
 
 def check_resize(style: str) -> str:
@@ -28,6 +28,7 @@ def to_pixels(images: Tensor, size: int, style: str) -> Tensor:
     Each style repeats what a published preprocessing does, for a policy is used as it was trained:
 
     - `openpi` (openpi and LeRobot): bilinear without antialiasing, centred on black.
+    - `smolvla` (LeRobot's SmolVLA): the same, at the bottom right of black.
     - `transformers` (PI0ImageProcessor): bicubic with antialiasing, rounded to grey levels, at the
       top left of mid-grey (it pads after it has normalised).
 
@@ -58,6 +59,8 @@ def to_pixels(images: Tensor, size: int, style: str) -> Tensor:
     inner = (max(1, int(height / ratio)), max(1, int(width / ratio)))
     if inner != (height, width):
         pixels = F.interpolate(pixels, inner, mode="bilinear", align_corners=False)
-    top, left = (size - inner[0]) // 2, (size - inner[1]) // 2
+    top, left = size - inner[0], size - inner[1]
+    if style == "openpi":
+        top, left = top // 2, left // 2
     bottom, right = size - inner[0] - top, size - inner[1] - left
     return F.pad(pixels, (left, right, top, bottom)) / 127.5 - 1

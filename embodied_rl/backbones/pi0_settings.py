@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -13,7 +13,7 @@ from embodied_rl.backbones.lerobot_folder import read_json, read_lerobot
 from embodied_rl.backbones.lerobot_normalise import Normaliser
 from embodied_rl.backbones.pi0_inputs import match_cameras, match_state, state_size
 from embodied_rl.backbones.pi0_network import CONFIG
-from embodied_rl.backbones.prompts import encode, find_tokenizer, load_tokenizer
+from embodied_rl.backbones.prompts import BOS, encode, find_tokenizer, load_tokenizer
 from embodied_rl.errors import UserError
 from embodied_rl.types import INSTRUCTION, EnvSpec
 
@@ -43,8 +43,12 @@ class Pi0Settings:
         prompts: (instruction, token ids), in the order of the environment's indices.
         max_prompt: tokens that a prompt may have.
         tokenizer: path of the tokenizer file; None: instructions cannot change.
+        bos: token that prompts begin with; None: whatever the tokenizer's file adds.
+        gated: whether the tokenizer's repository is.
     """
 
+    bos: ClassVar[str | None] = BOS
+    gated: ClassVar[bool] = True
     resize: str = "transformers"
     state: dict[str, Any] = field(default_factory=lambda: Normaliser().config_dict())
     action: dict[str, Any] = field(default_factory=lambda: Normaliser().config_dict())
@@ -112,8 +116,9 @@ def _prompts(settings: Pi0Settings, instructions: list[str], vocabulary: int) ->
                 f"the policy knows the instructions {list(known)} and has no tokenizer for {new}. "
                 "Set policy.tokenizer."
             )
-        path = find_tokenizer(Path(), settings.tokenizer, PALIGEMMA)
-        prompts = encode(load_tokenizer(path), new, settings.max_prompt, vocabulary)
+        bos = settings.bos
+        path = find_tokenizer(Path(), settings.tokenizer, PALIGEMMA, settings.gated)
+        prompts = encode(load_tokenizer(path, bos), new, settings.max_prompt, vocabulary, bos)
         known.update(zip(new, prompts, strict=True))
     return [[text, known[text]] for text in instructions]
 

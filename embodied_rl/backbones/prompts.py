@@ -16,13 +16,14 @@ FILE = "tokenizer.json"
 BOS = "<bos>"
 
 
-def find_tokenizer(folder: Path, given: str | None, repo: str) -> Path:
+def find_tokenizer(folder: Path, given: str | None, repo: str, gated: bool = True) -> Path:
     """Returns the path of a tokenizer file.
 
     Args:
         folder: the policy's folder, searched when nothing is given; then the local Hub cache.
         given: `policy.tokenizer`, a folder or a file.
         repo: Hub repository that has the right one, for the cache and the message.
+        gated: whether that repository asks for its licence to be accepted.
 
     Raises:
         UserError: it is in none of these places; says where to get it.
@@ -36,20 +37,24 @@ def find_tokenizer(folder: Path, given: str | None, repo: str) -> Path:
         if isinstance(cached, str) and Path(cached).is_file():
             return Path(cached)
     looked = f"{folder / FILE}" if given is None else f"policy.tokenizer={given}"
+    terms = f", which is gated: accept its licence at https://huggingface.co/{repo}, fetch"
     raise UserError(
         f"no tokenizer: {looked} does not exist. The policy reads its instructions with the "
-        f"tokenizer of {repo}, which is gated: accept its licence at "
-        f"https://huggingface.co/{repo}, fetch the file with "
+        f"tokenizer of {repo}{terms if gated else '. Fetch'} the file with "
         f"`hf download {repo} {FILE} --local-dir <folder>`, and set "
         f"policy.tokenizer=<folder>/{FILE} (or put it into the policy's folder)."
     )
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path, bos: str | None = BOS) -> Tokenizer:
     """Reads a tokenizer file.
 
+    Args:
+        path: the file.
+        bos: token that prompts begin with; None: whatever the file itself adds.
+
     Raises:
-        UserError: the file is none, or has no `<bos>` token.
+        UserError: the file is none, or has no such token.
     """
     try:
         tokenizer = Tokenizer.from_file(str(path))
@@ -58,9 +63,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
             f"{path} is damaged or no tokenizer file of the `tokenizers` library ({error}). "
             "Fetch it again, or name another with policy.tokenizer."
         ) from None
-    if tokenizer.token_to_id(BOS) is None:
+    if bos is not None and tokenizer.token_to_id(bos) is None:
         raise UserError(
-            f"{path} has no {BOS} token, so it is not the tokenizer that the policy was trained "
+            f"{path} has no {bos} token, so it is not the tokenizer that the policy was trained "
             "with. Name the right one with policy.tokenizer."
         )
     tokenizer.no_padding()
@@ -69,7 +74,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def encode(
-    tokenizer: Tokenizer, instructions: Sequence[str], max_length: int, vocabulary: int
+    tokenizer: Tokenizer,
+    instructions: Sequence[str],
+    max_length: int,
+    vocabulary: int,
+    bos: str | None = BOS,
 ) -> list[list[int]]:
     r"""Returns token ids of `<bos>instruction\n` for each instruction, unpadded.
 
@@ -78,6 +87,7 @@ def encode(
         instructions: texts.
         max_length: tokens that a prompt may have, as many as the policy was trained with.
         vocabulary: number of rows of the policy's embedding table.
+        bos: as in `load_tokenizer`.
 
     Raises:
         UserError: a prompt is too long or has tokens that the policy does not know.
@@ -85,7 +95,8 @@ def encode(
     prompts: list[list[int]] = []
     for text in instructions:
         line = text if text.endswith("\n") else f"{text}\n"
-        ids = [tokenizer.token_to_id(BOS), *tokenizer.encode(line, add_special_tokens=False).ids]
+        start = [] if bos is None else [tokenizer.token_to_id(bos)]
+        ids = [*start, *tokenizer.encode(line, add_special_tokens=bos is None).ids]
         if len(ids) > max_length:
             raise UserError(
                 f"the instruction {text!r} has {len(ids)} tokens; the policy was trained with at "

@@ -1,0 +1,250 @@
+"""SmolVLA (Shukor et al. 2025, arXiv 2506.01844) out of a LeRobot folder, without LeRobot."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from embodied_rl.backbones.images import to_pixels
+from embodied_rl.backbones.lerobot_buffers import split_buffers
+from embodied_rl.backbones.lerobot_folder import CONFIG, read_json, read_lerobot, read_tensors
+from embodied_rl.backbones.lerobot_normalise import Normaliser
+from embodied_rl.backbones.pi0_inputs import check_cameras, state_vector
+from embodied_rl.backbones.pi0_network import check_dtype
+from embodied_rl.backbones.pi0_settings import Pi0Settings, fit
+from embodied_rl.backbones.prompts import find_tokenizer, load_tokenizer, pad_prompts
+from embodied_rl.backbones.smolvla_network import SmolVLAContext, SmolVLANetwork
+from embodied_rl.backbones.smolvla_sizes import SMOLVLM, SmolVLASizes, read_sizes
+from embodied_rl.backbones.smolvla_weights import build_network, load_network
+from embodied_rl.config import PolicyConfig
+from embodied_rl.errors import UserError
+from embodied_rl.interfaces import FlowBackbone
+from embodied_rl.types import INSTRUCTION, EnvSpec, Obs
+
+WEIGHTS = "model.safetensors"
+STEPS = frozenset({"smolvla_new_line_processor"})
+
+
+@dataclass
+class SmolVLASettings(Pi0Settings):
+    """Everything around the network, as for π0; prompts begin with no special token."""
+
+    bos: ClassVar[str | None] = None
+    gated: ClassVar[bool] = False
+    resize: str = "smolvla"
+
+
+class SmolVLABackbone(FlowBackbone):
+    """SmolVLM's first layers and a flow-matching expert, with LeRobot's preprocessing.
+
+    The prefix (images, instruction, state) runs once for an observation. Its last hidden state,
+    averaged over each camera and over the text, that of the state's token, which has seen all
+    others, and the normalised state are the features; its keys and values serve every denoising
+    step of every chunk.
+
+    Args:
+        network: the model.
+        settings: everything around it.
+        dtype: name of its precision.
+        source: folder that the weights came from; None: they are in our own policy folder.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+
+    def __init__(
+        self,
+        network: SmolVLANetwork,
+        settings: SmolVLASettings,
+        dtype: str = "float32",
+        source: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.network, self.settings, self.dtype_name, self.source = network, settings, dtype, source
+        self.state = Normaliser(**settings.state)
+        self.action = Normaliser(**settings.action)
+        sizes = network.sizes
+        self.chunk_size, self.noise_dim = sizes.chunk_size, sizes.max_action_dim
+        self.image_size: int = sizes.vlm["vision_config"]["image_size"]
+        self.vocabulary: int = sizes.vlm["text_config"]["vocab_size"]
+        self._connect()
+
+    def _connect(self) -> None:
+        """Takes over cameras, sizes and prompts from the settings."""
+        settings, sizes = self.settings, self.network.sizes
+        self.action_dim = settings.action_dim or self.noise_dim
+        state_dim = settings.state_dim or sizes.max_state_dim
+        self.feature_dim = (len(settings.cameras) + 2) * sizes.hidden + state_dim
+        ids, mask = pad_prompts([prompt for _, prompt in settings.prompts])
+        device = self.network.action_out_proj.weight.device
+        self.register_buffer("prompt_ids", ids.to(device), persistent=False)
+        self.register_buffer("prompt_mask", mask.bool().to(device), persistent=False)
+
+    # ------------------------------------------------------------ computing
+
+    def inputs(self, obs: Obs) -> dict[str, Tensor]:
+        """Preprocesses observations to the arguments of `SmolVLANetwork.encode`.
+
+        Absent cameras have no tokens. Prompts are padded to the longest instruction; padding
+        changes nothing, for it is masked and takes no position.
+        """
+        settings, dtype = self.settings, self.network.dtype
+        if not settings.cameras:
+            raise UserError("the policy has no cameras yet: call check_env with the environment.")
+        state = self._proprioception(obs)
+        state = F.pad(state, (0, self.network.sizes.max_state_dim - state.shape[-1]))
+        pixels = torch.stack(
+            [to_pixels(obs[key], self.image_size, settings.resize) for _, key in settings.cameras],
+            1,
+        )
+        if len(settings.prompts) > 1:
+            index = obs[INSTRUCTION].long().flatten()
+        else:
+            index = torch.zeros(len(state), dtype=torch.int64, device=state.device)
+        return {
+            "pixels": pixels.to(dtype),
+            "ids": self.prompt_ids[index],
+            "ids_mask": self.prompt_mask[index],
+            "state": state.to(dtype),
+        }
+
+    def _proprioception(self, obs: Obs) -> Tensor:
+        """The normalised state vector [B, n]."""
+        return self.state.normalise(state_vector(obs, self.settings.state_keys))
+
+    def prefix(self, obs: Obs) -> tuple[Tensor, SmolVLAContext]:
+        """Encodes images, instruction and state; features float32 whatever the precision."""
+        inputs = self.inputs(obs)
+        hidden, context = self.network.encode(**inputs)
+        hidden = hidden.float()
+        cameras, tokens = inputs["pixels"].shape[1], self.network.sizes.image_tokens
+        seen = hidden[:, : cameras * tokens].unflatten(1, (cameras, tokens)).mean(2)
+        weight = inputs["ids_mask"][:, :, None].to(hidden.dtype)
+        text = (hidden[:, cameras * tokens : -1] * weight).sum(1) / weight.sum(1)
+        parts = [seen.flatten(1), text, hidden[:, -1], self._proprioception(obs).float()]
+        return torch.cat(parts, 1), context
+
+    def integrate(self, context: SmolVLAContext, noise: Tensor) -> Tensor:
+        """Integrates noise [B, H, W] from time 1 to 0 in Euler steps.
+
+        The state of the integration keeps the noise's precision.
+        """
+        steps = self.network.sizes.num_steps
+        change = -1.0 / steps
+        for step in range(steps):
+            velocity = self.network.velocity(context, noise, 1.0 + step * change)
+            noise = noise + change * velocity.to(noise.dtype)
+        return noise
+
+    def denoise(self, context: SmolVLAContext, noise: Tensor) -> Tensor:
+        """Integrates noise and takes the action back to the environment's range."""
+        return self.action.unnormalise(self.integrate(context, noise)[..., : self.action_dim])
+
+    def repeat(self, context: SmolVLAContext, times: int) -> SmolVLAContext:
+        """Repeats each row `times` times."""
+        return context.repeat(times)
+
+    def blocks(self) -> list[nn.Module]:
+        """Vision tower, connector, embeddings and language model; not the action expert."""
+        return self.network.blocks()
+
+    # ------------------------------------------------------------ environment
+
+    def check_env(self, spec: EnvSpec) -> None:
+        """Finds cameras and state among the observations, and encodes the instructions.
+
+        An environment without instructions is told its own name.
+
+        Raises:
+            UserError: cameras, state, action or instructions do not fit.
+        """
+        sizes = self.network.sizes
+        fit(self.settings, spec, sizes.max_state_dim, sizes.max_action_dim, self.vocabulary)
+        self._connect()
+
+    # ------------------------------------------------------------ folders
+
+    @classmethod
+    def from_folder(cls, folder: Path, config: PolicyConfig) -> SmolVLABackbone:
+        """Loads a LeRobot folder; the layout is described in docs/lerobot_policies.md.
+
+        Raises:
+            UserError: something in the folder or in `config` does not fit; says what.
+        """
+        dtype = check_dtype(config.dtype)
+        given = read_json(folder / CONFIG)
+        sizes = read_sizes(given, str(folder / CONFIG))
+        weights, buffers = split_buffers(read_tensors(folder / WEIGHTS))
+        told = read_lerobot(folder, STEPS, buffers=buffers)
+        tokens = told.tokenizer
+        settings = SmolVLASettings(
+            state=told.state.config_dict(),
+            action=told.action.config_dict(),
+            camera_names=list(told.cameras),
+            state_dim=told.state_dim,
+            action_dim=told.action_dim,
+            max_prompt=int(tokens.get("max_length", given.get("tokenizer_max_length", 48))),
+            state_keys=list(config.state),
+        )
+        for what, size, statistics in (
+            ("state", told.state_dim, told.state.size),
+            ("action", told.action_dim, told.action.size),
+        ):
+            if size is not None and statistics is not None and size != statistics:
+                raise UserError(
+                    f"{folder}: the {what} has {size} entries in {CONFIG}, but {statistics} in the "
+                    "statistics. Write the folder again with LeRobot."
+                )
+        cameras = check_cameras(config.cameras, settings.camera_names)
+        settings.cameras = [list(pair) for pair in cameras.items()]
+        path = _tokenizer(folder, config.tokenizer, str(given.get("vlm_model_name", SMOLVLM)))
+        load_tokenizer(path, settings.bos)
+        settings.tokenizer = str(path.resolve())
+        network = load_network(weights, sizes, dtype, str(folder))
+        return cls(network, settings, config.dtype, str(folder.resolve()))
+
+    def config_dict(self) -> dict[str, Any]:
+        """Sizes, precision, source of the weights and settings."""
+        return {
+            "network": asdict(self.network.sizes),
+            "dtype": self.dtype_name,
+            "source": self.source,
+            **asdict(self.settings),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SmolVLABackbone:
+        """Rebuilds the module: weights from `source`, or random ones where that is null."""
+        settings = dict(config)
+        network_args, dtype_name, source = (
+            settings.pop(key) for key in ("network", "dtype", "source")
+        )
+        sizes, dtype = SmolVLASizes(**network_args), check_dtype(dtype_name)
+        if source is None:
+            network = build_network(sizes, dtype)
+        else:
+            weights, _ = split_buffers(read_tensors(Path(source) / WEIGHTS))
+            network = load_network(weights, sizes, dtype, source)
+        return cls(network, SmolVLASettings(**settings), dtype_name, source)
+
+    @classmethod
+    def for_env(cls, spec: EnvSpec) -> SmolVLABackbone:
+        """Refuses: 450 million random weights learn nothing from rewards."""
+        raise UserError(
+            f"policy.backbone=smolvla cannot be trained from scratch on {spec.name}. Set "
+            "policy.path to a SmolVLA folder in LeRobot's layout."
+        )
+
+
+def _tokenizer(folder: Path, given: str | None, name: str) -> Path:
+    """Where the tokenizer is: as given, in the vision-language model's folder, or the policy's."""
+    own = Path(name).expanduser()
+    if given is None and not (folder / "tokenizer.json").is_file() and own.is_dir():
+        return find_tokenizer(own, None, SMOLVLM, gated=False)
+    repo = name if name.count("/") == 1 else SMOLVLM
+    return find_tokenizer(folder, given, repo, gated=False)
