@@ -24,6 +24,7 @@ from embodied_rl.errors import UserError
 from embodied_rl.guard import Guard
 from embodied_rl.interfaces.sketch import Assumed
 from embodied_rl.load_config import load_config
+from embodied_rl.policy import SHIPPED
 from embodied_rl.registry import BACKBONES, SKETCHES
 
 pytestmark = pytest.mark.unit
@@ -305,6 +306,41 @@ def test_what_is_assumed_is_told(pi0_folder):
     wanted = planned(f"policy.path={pi0_folder}", cameras=1)
     assert not any("assume." in note for note in wanted.assumed.notes)
     assert wanted.costs.prefix.flops < found.costs.prefix.flops
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in SHIPPED.glob("*") if p.is_dir()))
+def test_shipped_policies(name):
+    """What the plan counts as the backbone's is what its weights file holds."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    found = planned(f"policy.path={name}", image_size=128)
+    assert found.parts[0].nbytes == found.download
+    assert found.costs.prefix.flops > 0
+
+
+def test_an_image_size_that_the_policy_never_saw():
+    pytest.importorskip("efficientnet_lite_pytorch")
+    if not (SHIPPED / "pushpull_small_vla").is_dir():
+        pytest.skip("not shipped yet")
+    with pytest.raises(UserError, match=r"trained with 8 x 8. Set assume\.image_size="):
+        planned("policy.path=pushpull_small_vla", image_size=224)
+
+
+def test_act(tmp_path):
+    from tiny_act import SIDE, A, H, M, write
+
+    folder = write(tmp_path / "act")
+    weights = (folder / "model.safetensors").stat().st_size
+    (folder / "model.safetensors").unlink()
+    found = planned.__wrapped__(f"policy.path={folder}")
+    backbone, storage = found.draft.policy.backbone, found.storage
+    assert (backbone.chunk_size, backbone.action_dim) == (H, A)
+    state = backbone.network.sizes.state_dim
+    assert backbone.feature_dim == 3 * M + state
+    assert storage.observations == 2 * SIDE * SIDE * 3 + 4 * state
+    assert storage.features == 4 * (3 * M + state + H * A)
+    # the file has the variational encoder besides, which only training by imitation reads
+    assert 0 < 4 * found.parts[0].count < weights
+    assert found.costs.prefix.flops > 0 == found.costs.denoise.flops
 
 
 @pytest.mark.e2e

@@ -61,6 +61,15 @@ def sketch_small_vla(
     (tower,) = backbone._tower
     backbone = backbone.to("meta")
     a, image = backbone.arguments, assumed.image_size
+    pixels = torch.zeros((1, image, image, 3), dtype=torch.uint8, device="meta")
+    grid = list(tower(pixels).shape[2:])
+    wrong = [known for known in a.grids if known != grid]
+    if wrong:
+        raise UserError(
+            f"images of {image} x {image} pixels give the policy's tower {grid[0]} x {grid[1]} "
+            f"places, but it was trained with {wrong[0][0]} x {wrong[0][1]}. Set "
+            "assume.image_size= to the size of its cameras."
+        )
     obs = {camera: ArraySpec((image, image, 3), torch.uint8) for camera in a.cameras}
     obs |= {key: ArraySpec((1,), torch.float32) for key in a.state}
     # which entry has how many numbers is not told; only their sum matters
