@@ -344,6 +344,17 @@ def test_environment_state(tmp_path):
         load(folder, EnvSpec(bare, A, 20, "points"))
 
 
+@pytest.mark.parametrize("old", [False, True], ids=["processors", "buffers"])
+def test_without_a_state(old, tmp_path, obs, caplog):
+    folder = tiny_act.write(tmp_path, state=0, old=old)
+    with caplog.at_level(logging.WARNING):
+        loaded = load(folder)
+    assert "statistics" not in caplog.text
+    features = loaded(obs)
+    assert features.vector.shape == (B, 3 * M) and loaded.settings.state_keys == []
+    assert not torch.allclose(loaded({**obs, BASE: obs[WRIST]}).base_action, features.base_action)
+
+
 bool_ = torch.bool
 
 

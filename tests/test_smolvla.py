@@ -516,7 +516,7 @@ def test_refuses_foreign_weights(tmp_path):
         load(folder)
     save_file(weights, path)
     edit(folder / "config.json", lambda c: c.update(expert_width_multiplier=0.5))
-    with pytest.raises(UserError, match=r"of another shape .*vlm_model_name must be the model"):
+    with pytest.raises(UserError, match=r"of another shape .*from the same source"):
         load(folder)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from embodied_rl.backbones.act_network import ActNetwork, ActSizes, Encoder
 from embodied_rl.backbones.act_resnet import torchvision_names
-from embodied_rl.errors import UserError
+from embodied_rl.backbones.lerobot_weights import check_weights
 
 MODEL = "model."  # what the names of all weights start with
 VISION = "backbone."
@@ -79,20 +79,7 @@ def load_network(
     names = published_names(network)
     own: dict[str, Any] = network.state_dict()
     shapes = {theirs: tuple(own[ours].shape) for ours, theirs in names.items()}
-    known = {**shapes, **unread_shapes(sizes)}
-    told = {
-        "missing": sorted(set(shapes) - set(weights)),
-        "unexpected": sorted(set(weights) - set(known)),
-        "of another shape": sorted(
-            k for k, v in weights.items() if k in known and tuple(v.shape) != known[k]
-        ),
-    }
-    parts = [f"{len(k)} {what} ({', '.join(k[:3])})" for what, k in told.items() if k]
-    if parts:
-        raise UserError(
-            f"{where}: these weights are not those of the ACT in its config.json: "
-            f"{'; '.join(parts)}. Copy config.json and model.safetensors from the same source."
-        )
+    check_weights(weights, shapes, unread_shapes(sizes), where, "ACT")
     buffers = {name for name, _ in network.named_buffers()}
     state = {
         ours: weights[theirs].to(torch.float32 if ours in buffers else dtype)

@@ -149,7 +149,7 @@ def read_lerobot(
         cameras,
         _size(inputs, STATE, config.get("max_state_dim")),
         _size(outputs, ACTION, config.get("max_action_dim")),
-        normaliser(STATE, "STATE") if not old or STATE in inputs else Normaliser(),
+        normaliser(STATE, "STATE") if STATE in inputs or not scales_images else Normaliser(),
         normaliser(ACTION, "ACTION"),
         next((s.get("config", {}) for n, s in pre if n == "tokenizer_processor"), {}),
         told,

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from embodied_rl.backbones.lerobot_weights import check_weights
 from embodied_rl.backbones.smolvla_network import SmolVLANetwork
 from embodied_rl.backbones.smolvla_sizes import SmolVLASizes
-from embodied_rl.errors import UserError
 
 # where the network's parts are in LeRobot's policy
 PARTS = {"vlm.": "model.vlm_with_expert.vlm.model.", "expert.": "model.vlm_with_expert.lm_expert."}
@@ -59,21 +59,7 @@ def load_network(
         network = SmolVLANetwork(sizes)
     names, own = published_names(network), network.state_dict()
     shapes = {theirs: tuple(own[ours].shape) for ours, theirs in names.items()}
-    known = {**shapes, **unread_shapes(sizes)}
-    told = {
-        "missing": sorted(set(shapes) - set(weights)),
-        "unexpected": sorted(set(weights) - set(known)),
-        "of another shape": sorted(
-            k for k, v in weights.items() if k in known and tuple(v.shape) != known[k]
-        ),
-    }
-    parts = [f"{len(k)} {what} ({', '.join(k[:3])})" for what, k in told.items() if k]
-    if parts:
-        raise UserError(
-            f"{where}: these weights are not those of the SmolVLA in its config.json: "
-            f"{'; '.join(parts)}. Copy config.json and model.safetensors from the same source; "
-            "vlm_model_name must be the model that it was trained over."
-        )
+    check_weights(weights, shapes, unread_shapes(sizes), where, "SmolVLA")
     state = {ours: weights[theirs].to(dtype) for ours, theirs in names.items()}
     network.load_state_dict(state, assign=True)
     return network.eval()
