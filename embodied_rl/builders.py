@@ -74,7 +74,7 @@ def check_decisions(env: EnvConfig, policy: Policy) -> None:
     """Raises UserError where a policy would decide on frames that were drawn steps ago."""
     if policy.execute_steps % env.render_every:
         raise UserError(
-            f"env.render_every={env.render_every} draws no frame at some of the policy's decisions, "
+            f"env.render_every={env.render_every} draws no frame at some decisions of the policy, "
             f"one every {policy.execute_steps} steps (rollout.execute_steps, else its chunk "
             f"length). Set env.render_every={policy.execute_steps}, a divisor of it, or 1."
         )
