@@ -143,21 +143,33 @@ class Policy(nn.Module):
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def _from_other(cls, folder: Path, config: dict[str, Any], options: PolicyConfig) -> Policy:
+    def _from_other(
+        cls,
+        folder: Path,
+        config: dict[str, Any],
+        options: PolicyConfig,
+        backbone: Backbone | None,
+    ) -> Policy:
         kind = _layout(folder, config)
-        backbone = BACKBONES.get(kind).from_folder(folder, options)
-        backbone.source = str(folder.resolve())
-        backbone.source_hash = backbone.weights_hash()
+        mine: Backbone = backbone or BACKBONES.get(kind).from_folder(folder, options)
+        if backbone is None:
+            mine.source, mine.source_hash = str(folder.resolve()), mine.weights_hash()
         steps = config.get("n_action_steps")  # LeRobot's name for it
-        return cls(backbone, kind, execute_steps=steps if isinstance(steps, int) else None)
+        return cls(mine, kind, execute_steps=steps if isinstance(steps, int) else None)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, options: PolicyConfig | None = None) -> Policy:
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        options: PolicyConfig | None = None,
+        backbone: Backbone | None = None,
+    ) -> Policy:
         """Loads a policy folder, a checkpoint or run folder, or a shipped policy by name.
 
         Args:
             path: one of those; or a folder in another project's layout, which a backbone reads.
             options: what such a folder does not say itself (cameras, tokenizer, precision).
+            backbone: the frozen backbone of that policy, where it is in memory already.
 
         Raises:
             UserError: the folder, its config or its weights are missing, damaged or do not agree.
@@ -165,23 +177,24 @@ class Policy(nn.Module):
         folder = find_policy(path)
         config = _read_config(folder)
         if config.get("format") != FORMAT:
-            return cls._from_other(folder, config, options or PolicyConfig())
+            return cls._from_other(folder, config, options or PolicyConfig(), backbone)
         try:
             backbone_args = dict(config["backbone"])
             backbone_type = backbone_args.pop("type")
-            backbone = BACKBONES.get(backbone_type).from_config(backbone_args)
-            _check_source(backbone, folder, config.get("source_hash"))
+            mine: Backbone = backbone or BACKBONES.get(backbone_type).from_config(backbone_args)
+            if backbone is None:
+                _check_source(mine, folder, config.get("source_hash"))
             actor, actor_type = None, None
             if config["actor"] is not None:
                 actor_args = dict(config["actor"])
                 actor_type = actor_args.pop("type")
                 actor = ACTORS.get(actor_type).from_config(actor_args)
             trained = config.get("trained")  # earlier versions wrote neither
-            if trained is not None:
-                unfreeze(backbone, PolicyConfig(**trained))
+            if trained is not None and backbone is None:
+                unfreeze(mine, PolicyConfig(**trained))
             judge = config.get("judge")
             policy = cls(
-                backbone,
+                mine,
                 backbone_type,
                 actor,
                 actor_type,
@@ -196,9 +209,11 @@ class Policy(nn.Module):
                 "Restore the file, or make the policy anew with python -m embodied_rl.pretrain."
             ) from None
         weights = _read_weights(folder, config)
+        here = set() if backbone is None else {f"backbone.{name}" for name in mine.state_dict()}
         try:
-            missing, unexpected = policy.load_state_dict(weights, strict=False)
-            wrong = [*(set(missing) - policy._elsewhere()), *unexpected]
+            loaded = {k: v for k, v in weights.items() if k not in here}
+            missing, unexpected = policy.load_state_dict(loaded, strict=False)
+            wrong = [*(set(missing) - policy._elsewhere() - here), *unexpected]
             if wrong:
                 raise RuntimeError(f"missing or unexpected: {', '.join(sorted(wrong))}.")
         except RuntimeError as error:

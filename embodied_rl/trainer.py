@@ -265,15 +265,18 @@ class Trainer:
         """Compares the pretrained and the best policy on seeds that nothing has seen yet."""
         final_seed = self.config.eval.final_seed
         self.logger.say("comparing the pretrained and the best policy on held-out episodes ...")
+        same = self.policy.backbone if self.policy.backbone.frozen else None  # in memory once
         if self.config.policy.path is None:
             start = self.policy.with_actor(None)
         else:
-            start = Policy.from_pretrained(self.config.policy.path, self.config.policy)
+            start = Policy.from_pretrained(self.config.policy.path, self.config.policy, same)
             start.backbone.check_env(self.env.spec)  # another project's folder knows no environment
             start = start.to(self.device)
         before = self._score(start, final_seed, None).summary
         link = LAST if self.checkpoints.best is None else BEST
-        best = Policy.from_pretrained(self.run_dir / "checkpoints" / link / POLICY)
+        best = Policy.from_pretrained(
+            self.run_dir / "checkpoints" / link / POLICY, self.config.policy, same
+        )
         after = self._score(
             best.to(self.device), final_seed, self.run_dir / "videos" / "last.mp4"
         ).summary

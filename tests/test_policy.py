@@ -83,10 +83,11 @@ def test_unknown_path_lists_the_shipped_names(tmp_path):
 def test_shipped_policies_load(name):
     policy = Policy.from_pretrained(name)
     backbone = policy.backbone
-    assert policy.env["task"]
+    assert policy.env["task"] or policy.env["instructions"]
     assert all(t.isfinite().all() for t in policy.state_dict().values())
-    action = policy.act({"state": torch.zeros(2, backbone.feature_dim)})
-    assert action.shape == (2, backbone.chunk_size, backbone.action_dim)
+    if policy.env["obs_mode"] == "state":  # the others' tests are those of their backbones
+        action = policy.act({"state": torch.zeros(2, backbone.feature_dim)})
+        assert action.shape == (2, backbone.chunk_size, backbone.action_dim)
 
 
 @pytest.fixture

@@ -72,11 +72,15 @@ class LocalEngine(UpdateEngine):
         """Those of the parameters; those of `inputs` go where they belong."""
         wanted = [*trainable.parameters, *inputs]
         gradients: list[Tensor] = []
+        ours = False  # whether they are memory of their own, to be added to in place
         for part in [loss] if isinstance(loss, Tensor) else loss:
             found = torch.autograd.grad(part, wanted)
-            if gradients:
-                found = [a + b for a, b in zip(gradients, found, strict=True)]
-            gradients = list(found)
+            if ours:
+                torch._foreach_add_(gradients, found)
+            elif gradients:
+                gradients, ours = list(torch._foreach_add(gradients, found)), True
+            else:
+                gradients = list(found)
         for value in inputs[::-1]:
             value.grad = gradients.pop()
         return gradients
