@@ -7,23 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from embodied_rl.backbones.lerobot_hub import download, is_hub_id
 from embodied_rl.config import PolicyConfig
 from embodied_rl.errors import UserError
 from embodied_rl.interfaces import ActorAdapter, Backbone
 from embodied_rl.judge import Judge
-from embodied_rl.manifest import Damaged, check_file, describe
-from embodied_rl.registry import ACTORS, BACKBONES, LAYOUTS
+from embodied_rl.manifest import describe
+from embodied_rl.policy_folder import (
+    CONFIG,
+    FORMAT,
+    SHIPPED,
+    VERSION,
+    WEIGHTS,
+    find_policy,
+    layout,
+    read_config,
+    read_weights,
+)
+from embodied_rl.registry import ACTORS, BACKBONES
 from embodied_rl.types import Features, Obs
 from embodied_rl.unfreeze import unfreeze
 
-FORMAT, VERSION = "embodied_rl.policy", 1
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-SHIPPED = Path(__file__).parent / "pretrained"
+__all__ = ["CONFIG", "FORMAT", "SHIPPED", "Policy", "find_policy"]
 
 
 class Policy(nn.Module):
@@ -150,7 +157,7 @@ class Policy(nn.Module):
         options: PolicyConfig,
         backbone: Backbone | None,
     ) -> Policy:
-        kind = _layout(folder, config)
+        kind = layout(folder, config)
         mine: Backbone = backbone or BACKBONES.get(kind).from_folder(folder, options)
         if backbone is None:
             mine.source, mine.source_hash = str(folder.resolve()), mine.weights_hash()
@@ -175,7 +182,7 @@ class Policy(nn.Module):
             UserError: the folder, its config or its weights are missing, damaged or do not agree.
         """
         folder = find_policy(path)
-        config = _read_config(folder)
+        config = read_config(folder)
         if config.get("format") != FORMAT:
             return cls._from_other(folder, config, options or PolicyConfig(), backbone)
         try:
@@ -208,7 +215,7 @@ class Policy(nn.Module):
                 f"{folder / CONFIG} does not describe a policy ({type(error).__name__}: {error}). "
                 "Restore the file, or make the policy anew with python -m embodied_rl.pretrain."
             ) from None
-        weights = _read_weights(folder, config)
+        weights = read_weights(folder, config)
         here = set() if backbone is None else {f"backbone.{name}" for name in mine.state_dict()}
         try:
             loaded = {k: v for k, v in weights.items() if k not in here}
@@ -232,72 +239,3 @@ def _check_source(backbone: Backbone, folder: Path, found: str | None) -> None:
             "changed since. Put the original files back there, or finetune anew with "
             f"policy.path={backbone.source}."
         )
-
-
-def _layout(folder: Path, config: dict[str, Any]) -> str:
-    """Name of the backbone that reads another project's folder.
-
-    Raises:
-        UserError: none does.
-    """
-    found = config.get("type", config.get("model_type"))  # LeRobot's, transformers'
-    if found in LAYOUTS:
-        return LAYOUTS[found]
-    raise UserError(
-        f"{folder / CONFIG} is not an {FORMAT} config, and its type {found!r} is of no known "
-        f"layout. Known: {', '.join(sorted(LAYOUTS))}."
-    )
-
-
-def find_policy(path: str | Path) -> Path:
-    """Resolves a policy, checkpoint or run folder, or a shipped policy's name, to its folder.
-
-    Raises:
-        UserError: nothing there; lists the shipped policies.
-    """
-    if is_hub_id(str(path)) and not (SHIPPED / path).exists():
-        path = download(str(path))
-    path = Path(path)
-    places = [path, path / "policy", path / "checkpoints" / "best" / "policy"]
-    for place in [*places, path / "checkpoints" / "last" / "policy", SHIPPED / path]:
-        if (place / CONFIG).is_file():
-            return place
-    shipped = sorted(p.name for p in SHIPPED.glob("*") if p.is_dir())
-    what = f"{path} holds no {CONFIG}" if path.is_dir() else f"no folder {path}"
-    raise UserError(
-        f"cannot load the policy: {what}. Give a policy folder ({CONFIG} + {WEIGHTS}), a run or "
-        f"checkpoint folder, a Hub repository (owner/name), or a shipped policy: "
-        f"{', '.join(shipped)}."
-    )
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {folder / CONFIG}: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / CONFIG} is not an {FORMAT} config: it is no object.")
-    if config.get("format") == FORMAT and config.get("version") != VERSION:
-        raise UserError(
-            f"{folder / CONFIG} has version {config.get('version')!r}, this embodied_rl reads "
-            f"{VERSION}. Upgrade embodied_rl."
-        )
-    return config
-
-
-def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise UserError(
-            f"the policy folder {folder} has no {WEIGHTS}. Copy it there and try again."
-        )
-    try:
-        if "weights" in config:  # policies saved by earlier versions have no checksum
-            check_file(path, config["weights"], WEIGHTS)
-        return load_file(path)
-    except (SafetensorError, OSError, Damaged) as error:
-        raise UserError(
-            f"{path} is damaged or truncated ({error}). Copy the file again from its source (if "
-            f"you changed it yourself: delete its checksum, 'weights', from {CONFIG})."
-        ) from None
