@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
+from embodied_rl.config import EnvConfig
 from embodied_rl.errors import UserError
 from embodied_rl.load_config import help_text
 
@@ -31,6 +32,19 @@ def run(command: str, schema: type[Any], main: Callable[[list[str]], int]) -> No
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def adopt_env(env: EnvConfig, told: Mapping[str, Any], given: Set[str]) -> None:
+    """Takes over the environment settings that a policy or data was made with.
+
+    Args:
+        env: changed in place.
+        told: those settings, by name.
+        given: keys that the user set, which stay.
+    """
+    for key, value in told.items():
+        if f"env.{key}" not in given:
+            setattr(env, key, value)
 
 
 def prepare_folder(path: Path, overwrite: bool) -> Path:

@@ -327,11 +327,28 @@ class SmallVLAConfig:
 
 
 @dataclass
+class TuneConfig:
+    """What of a trained policy learns further, and how its folder is read; with `init`."""
+
+    trainable: str = "full"  # full | lora (merged into the weights at the end)
+    lora_rank: int = 16
+    micro_batch: Optional[int] = None  # rows per forward and backward pass; null: batch_size
+    # the others are for folders of other projects (LeRobot, transformers); our own say it all
+    cameras: dict[str, str] = field(default_factory=dict)  # policy's camera: observation key
+    state: list[str] = field(default_factory=list)  # observation keys of its state, in order
+    tokenizer: Optional[str] = None  # folder or tokenizer.json; null: in the policy's folder
+    dtype: str = "float32"  # float32 | bfloat16 | float16: precision of the backbone
+
+
+@dataclass
 class PretrainConfig:
     """Everything `python -m embodied_rl.pretrain` reads."""
 
     data: Optional[str] = None  # demonstration folder or ManiSkill .h5 file
     out: str = "policies/bc"  # where the policy folder is written
+    # a policy, run, LeRobot or transformers folder whose backbone learns further; null: a new one
+    init: Optional[str] = None
+    tune: TuneConfig = field(default_factory=TuneConfig)
     backbone: str = "state"  # state | small_vla
     small_vla: SmallVLAConfig = field(default_factory=SmallVLAConfig)
     hidden: list[int] = field(default_factory=lambda: [256, 256, 256])
@@ -356,10 +373,14 @@ class DemosConfig:
     """Everything `python -m embodied_rl.demos` reads."""
 
     out: str = "demos"  # where the demonstration folder is written
+    policy: Optional[str] = None  # policy or run folder that demonstrates; null: scripted experts
+    deterministic: bool = True  # with policy: act with the mode; false: sample
     episodes: int = 40  # successful episodes to keep, as many of each task
-    noise: float = 0.0  # std of Gaussian noise added to the expert's actions
+    noise: float = 0.0  # std of Gaussian noise added to what is executed, not to what is imitated
     max_steps_multiple: int = 20  # give up after this many attempts per kept episode
     compression: str = "none"  # none | zstd: of images on disk
     seed: int = 1_000_000
+    device: str = "auto"  # with policy
     overwrite: bool = False
+    threads: int = 1
     env: EnvConfig = field(default_factory=EnvConfig)

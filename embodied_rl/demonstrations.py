@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from embodied_rl.backbones.state import OBS_KEY, StateBackbone
 from embodied_rl.errors import UserError
 from embodied_rl.formats.maniskill import REPLAY, STATE, read_maniskill
 from embodied_rl.policy import Policy, find_policy
 from embodied_rl.replay.reader import META, StoreReader, read_all
-from embodied_rl.types import Features, Obs, Trajectory
+from embodied_rl.types import ArraySpec, EnvSpec, Features, Obs, Trajectory
 
 DEMOS = "demos"  # folder beside a policy's weights
 
@@ -46,9 +47,28 @@ def read_demos(path: Path) -> list[Trajectory]:
     return trajectories
 
 
+def read_meta(path: Path) -> dict[str, Any]:
+    """What a demonstration folder says of all its episodes; empty for an .h5 file."""
+    return dict(StoreReader(path).meta) if path.is_dir() else {}
+
+
 def read_instructions(path: Path) -> list[str]:
     """What `obs.instruction`, an index, stands for in a demonstration folder; empty if unsaid."""
-    return list(StoreReader(path).meta.get("instructions", [])) if path.is_dir() else []
+    return list(read_meta(path).get("instructions", []))
+
+
+def shown_spec(
+    trajectories: Sequence[Trajectory], instructions: Sequence[str], name: str
+) -> EnvSpec:
+    """The environment as far as demonstrations show it: what a policy connects to."""
+    first = trajectories[0]
+    obs = {
+        k.removeprefix("obs."): ArraySpec(tuple(v.shape[1:]), v.dtype)
+        for k, v in first.fields.items()
+        if k.startswith("obs.")
+    }
+    longest = max(t.length for t in trajectories)
+    return EnvSpec(obs, first.labels.shape[1], longest, name, tuple(instructions))
 
 
 def _read_maniskill(path: Path) -> list[Trajectory]:

@@ -31,9 +31,7 @@ def main(args: list[str]) -> int:
     torch.manual_seed(config.seed)
     device = builders.build_device(config.device)
     policy = Policy.from_pretrained(config.policy).to(device)
-    for key, value in policy.env.items():  # the policy knows its environment; the user may differ
-        if f"env.{key}" not in given:
-            setattr(config.env, key, value)
+    cli.adopt_env(config.env, policy.env, given)
     validate(config)
     name = Path(config.policy).resolve().name
     stamp = time.strftime("%Y%m%d-%H%M%S")

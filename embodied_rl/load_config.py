@@ -17,7 +17,7 @@ from embodied_rl.validate import validate
 
 C = TypeVar("C")
 # mappings whose keys belong to somebody else
-FREE_FORM = ("env.kwargs", "env.instructions", "policy.cameras")
+FREE_FORM = ("env.kwargs", "env.instructions", "policy.cameras", "tune.cameras")
 
 
 def schema_keys(schema: Any, prefix: str = "") -> list[str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 Obs = dict[str, Tensor]
 INSTRUCTION = "instruction"  # observation key: index into `EnvSpec.instructions`
+EXPERT = "expert_action"  # observation key and field: what the expert chose, what is imitated
 PREFIX = "features."  # of stored features among a trajectory's fields
 
 
@@ -129,7 +130,7 @@ class Trajectory:
     @property
     def labels(self) -> Tensor:
         """What to imitate [T, A]: the expert's own choice, where recorded, or what was executed."""
-        label = self.fields["expert_action" if "expert_action" in self.fields else "action"]
+        label = self.fields[EXPERT if EXPERT in self.fields else "action"]
         return label[: self.length, 0]
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def unfreeze(backbone: Backbone, config: PolicyConfig) -> list[nn.Parameter]:
     if config.trainable == "none":
         return []
     if config.trainable == "lora":
-        _add_lora(backbone, config.lora_rank)
+        add_lora(backbone, backbone.blocks(), config.lora_rank)
     else:
         blocks = backbone.blocks()
         for block in blocks[-config.last_blocks :] if config.trainable == "last" else blocks:
@@ -58,14 +59,19 @@ def describe(config: PolicyConfig) -> dict[str, Any] | None:
     return {key: getattr(config, key) for key in keys}
 
 
-def _add_lora(backbone: Backbone, rank: int) -> None:
+def add_lora(backbone: Backbone, parts: Iterable[nn.Module], rank: int) -> None:
+    """Puts low-rank adapters, in float32, beside every linear layer of the parts.
+
+    Raises:
+        UserError: peft is not installed.
+    """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise UserError(
-            "policy.trainable=lora needs the package peft. Install it: pip install peft"
+            "trainable=lora needs the package peft. Install it: pip install peft"
         ) from None
-    inside = {module for block in backbone.blocks() for module in block.modules()}
+    inside = {module for part in parts for module in part.modules()}
     names = [
         name
         for name, module in backbone.named_modules()
@@ -78,3 +84,14 @@ def _add_lora(backbone: Backbone, rank: int) -> None:
     for parameter in backbone.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def merge_lora(backbone: Backbone) -> None:
+    """Adds low-rank adapters to the weights that they stand beside, and takes them away."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(backbone.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            owner, _, attribute = name.rpartition(".")
+            setattr(backbone.get_submodule(owner), attribute, module.get_base_layer())

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from embodied_rl.config import Config, EnvConfig
+from embodied_rl.config import Config, DemosConfig, EnvConfig, PretrainConfig
 from embodied_rl.errors import UserError, nearest
 from embodied_rl.registry import ACTORS, BACKBONES, ENVS, Q_HEADS
 
@@ -19,6 +19,8 @@ CHOICES: dict[str, list[str]] = {
     "algorithm.q_head_type": Q_HEADS.names,
     "policy.trainable": ["none", "lora", "last", "full"],
     "policy.dtype": ["float32", "bfloat16", "float16"],
+    "tune.trainable": ["full", "lora"],
+    "tune.dtype": ["float32", "bfloat16", "float16"],
     "critic.batch_renorm.variance": ["biased", "unbiased"],
     "critic.batch_renorm.form": ["unfolded", "folded"],
     "critic.batch_renorm.order": ["after", "before"],
@@ -166,6 +168,13 @@ def validate(config: Any) -> None:
         _check_env(config.env)
     if isinstance(config, Config):
         _check_together(config)
+    if isinstance(config, PretrainConfig):
+        _check_pretrain(config)
+    if isinstance(config, DemosConfig) and config.policy is None and not config.deterministic:
+        raise UserError(
+            "deterministic=false is for policies that demonstrate: name one with policy=, or drop "
+            "it (noise= perturbs scripted experts)."
+        )
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -233,6 +242,22 @@ def _check_env(env: EnvConfig) -> None:
             f"env.instructions={env.instructions} tells two tasks apart by nothing. Give each its "
             "own instruction."
         )
+
+
+def _check_pretrain(config: PretrainConfig) -> None:
+    """Sizes are for new backbones, `tune` for those that `init` names."""
+    usual = PretrainConfig()
+    if config.init is None:
+        keys = [f"tune.{f.name}" for f in dataclasses.fields(config.tune)]
+        keys.remove("tune.micro_batch")
+        without = "no policy is named for it: give init=, or drop it"
+    else:
+        keys = ["hidden", *(f"small_vla.{f.name}" for f in dataclasses.fields(config.small_vla))]
+        without = f"init={config.init} has its sizes already: drop one of them"
+    given, default = dict(leaves(config)), dict(leaves(usual))
+    for key in keys:
+        if given[key] != default[key]:
+            raise UserError(f"{key}={given[key]}, but {without}.")
 
 
 def _check_together(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -19,12 +20,14 @@ from embodied_rl.backbones.pi0_context import Pi0Context
 from embodied_rl.backbones.pi0_inputs import check_cameras, state_vector
 from embodied_rl.backbones.pi0_network import (
     CONFIG,
+    UNREAD,
     build_network,
     check_dtype,
     from_lerobot,
     from_transformers,
     load_network,
     network_dict,
+    published_names,
 )
 from embodied_rl.backbones.pi0_settings import (
     PALIGEMMA,
@@ -35,13 +38,14 @@ from embodied_rl.backbones.pi0_settings import (
 )
 from embodied_rl.backbones.pi0_training import draw_times, prefix_blocks, recomputed
 from embodied_rl.backbones.prompts import find_tokenizer, load_tokenizer, pad_prompts
-from embodied_rl.config import PolicyConfig
+from embodied_rl.backbones.published_folder import write_folder
+from embodied_rl.config import PolicyConfig, PretrainConfig
 from embodied_rl.errors import UserError
-from embodied_rl.interfaces import FlowBackbone
-from embodied_rl.types import INSTRUCTION, EnvSpec, Obs
+from embodied_rl.interfaces import FlowBackbone, Imitator
+from embodied_rl.types import INSTRUCTION, EnvSpec, Obs, Trajectory
 
 
-class Pi0Backbone(FlowBackbone):
+class Pi0Backbone(FlowBackbone, Imitator):
     """transformers' π0 with its own preprocessing.
 
     The prefix (images, instruction) runs once for an observation. Its last hidden state, averaged
@@ -54,6 +58,9 @@ class Pi0Backbone(FlowBackbone):
         dtype: name of its precision.
         source: folder that the weights came from; None: they are in our own policy folder.
     """
+
+    keeps_inputs = False  # float pixels
+    tuning_rate = 2.5e-5  # openpi's
 
     prompt_ids: Tensor
     prompt_mask: Tensor
@@ -239,6 +246,19 @@ class Pi0Backbone(FlowBackbone):
         time = draw_times(self.network.config, len(actions), generator).to(actions.device)
         return self.network(**inputs, actions=actions, noise=noise, timestep=time).loss
 
+    @classmethod
+    def for_demos(
+        cls,
+        trajectories: Sequence[Trajectory],
+        instructions: Sequence[str],
+        config: PretrainConfig,
+    ) -> Pi0Backbone:
+        """Refuses: a few demonstrations teach 3.5 billion random weights nothing."""
+        raise UserError(
+            "backbone=pi0 cannot be trained here from nothing. Drop it and give init=<π0 folder> "
+            "(LeRobot's or transformers' layout, or a run that finetuned one)."
+        )
+
     # ------------------------------------------------------------ environment
 
     def check_env(self, spec: EnvSpec) -> None:
@@ -278,6 +298,15 @@ class Pi0Backbone(FlowBackbone):
         load_tokenizer(Path(settings.tokenizer))
         network = load_network(folder, network_config, dtype)
         return cls(network, settings, config.dtype, str(folder.resolve()))
+
+    def to_folder(self, folder: Path) -> None:
+        """Writes the layout that the weights came from; published names and precisions."""
+        if self.source is None:
+            super().to_folder(folder)
+        else:
+            names = published_names(self.network)
+            weights = self.network.state_dict()
+            write_folder(Path(self.source), folder, names, weights, UNREAD)
 
     def config_dict(self) -> dict[str, Any]:
         """Network, precision, source of the weights and settings."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import PI0Config, PI0ForConditionalGeneration
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from embodied_rl.errors import UserError
 
@@ -201,3 +203,25 @@ def load_network(
     for name in missing:
         network.get_parameter(name).data.zero_()  # not random: it is part of the fingerprint
     return network.eval()
+
+
+def published_names(network: PI0ForConditionalGeneration) -> Callable[[str], str]:
+    """Returns what maps a name in a published file to one in `network.state_dict()`.
+
+    It is transformers' own mapping, which `load_network` reads files with.
+    """
+    mapping = get_model_conversion_mapping(network)
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    here = network.state_dict()
+    base = network.base_model_prefix
+
+    def rename(name: str) -> str:
+        new, converted = rename_source_key(name, renamings, converters, base, here)
+        if converted is not None:
+            raise NotImplementedError(f"transformers reshapes {name} when it reads it")
+        if new not in here and name in here:
+            new, _ = rename_source_key(name, [], [], base, here)
+        return new
+
+    return rename

@@ -14,9 +14,7 @@ from embodied_rl.envs.mixture import MixtureEnv
 from embodied_rl.envs.worker import WorkerVecEnv
 from embodied_rl.errors import UserError
 from embodied_rl.registry import EXPERTS
-from embodied_rl.types import ArraySpec, EnvSpec
-
-EXPERT = "expert_action"  # observation key
+from embodied_rl.types import EXPERT, ArraySpec, EnvSpec
 
 
 def make_demonstrators(config: EnvConfig, num_envs: int) -> WorkerVecEnv:
@@ -33,6 +31,12 @@ def make_demonstrators(config: EnvConfig, num_envs: int) -> WorkerVecEnv:
                 raise UserError(f"env.{key}={found}: the expert for {task} needs {wanted}.")
     config = dataclasses.replace(config, render_every=1)  # policies may decide at any step
     return start_workers(build_demonstrator, config, num_envs, rebuild_every=1)
+
+
+def make_independent(config: EnvConfig, num_envs: int) -> WorkerVecEnv:
+    """Builds `num_envs` of them without experts, otherwise alike: for policies that demonstrate."""
+    config = dataclasses.replace(config, render_every=1)
+    return start_workers(build_maniskill, config, num_envs, rebuild_every=1)
 
 
 def tasks(config: EnvConfig) -> list[str]:

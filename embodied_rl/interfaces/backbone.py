@@ -80,6 +80,16 @@ class Backbone(nn.Module, ABC):
         del config
         raise UserError(f"{folder}: {cls.__name__} loads embodied_rl policy folders only.")
 
+    def to_folder(self, folder: Path) -> None:
+        """Writes its weights in the layout of `source`, with copies of that folder's other files.
+
+        Raises:
+            UserError: this backbone writes no such layout.
+        """
+        raise UserError(
+            f"{folder}: {type(self).__name__} cannot be written in the layout of {self.source}."
+        )
+
     def blocks(self) -> list[nn.Module]:
         """The parts between observation and features, in that order: what finetuning may change.
 

@@ -17,7 +17,16 @@ if TYPE_CHECKING:
 
 
 class Imitator(Backbone, ABC):
-    """A backbone that learns from demonstrations."""
+    """A backbone that learns from demonstrations.
+
+    Attributes:
+        keeps_inputs: whether `inputs` of all demonstrated steps are made once and kept; false:
+            they take more memory than the observations, and are made for each batch.
+        tuning_rate: learning rate for going on from trained weights.
+    """
+
+    keeps_inputs: bool = True
+    tuning_rate: float = 3e-4
 
     @classmethod
     @abstractmethod
