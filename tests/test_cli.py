@@ -403,8 +403,8 @@ def test_demos_pretrain_and_train_in_maniskill(call, tmp_path):
 
 
 def test_demos_refuses_what_its_expert_cannot_do(call, tmp_path):
-    done = call("demos", "env.task=PushCube-v1")
-    assert_refused(done, tmp_path, "env.task='PushCube-v1'", "Allowed: PickCube-v1")
+    done = call("demos", "env.task=StackCube-v1")
+    assert_refused(done, tmp_path, "env.task='StackCube-v1'", "Allowed: PickCube-v1")
     done = call("demos", "env.control_mode=pd_joint_delta_pos")
     assert_refused(done, tmp_path, "env.control_mode=pd_joint_delta_pos", "pd_ee_delta_pos")
     assert not (tmp_path / "demos").exists()
