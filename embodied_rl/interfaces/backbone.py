@@ -16,6 +16,9 @@ from embodied_rl.errors import UserError
 from embodied_rl.types import EnvSpec, Features, Obs
 
 
+LOCATIONS = ("source", "tokenizer")  # keys of a backbone's config that are paths
+
+
 class Backbone(nn.Module, ABC):
     """A pretrained policy: observations to features and a base action.
 
@@ -57,8 +60,12 @@ class Backbone(nn.Module, ABC):
         """Takes over the environment's instructions; raises UserError where it does not fit."""
 
     def fingerprint(self) -> str:
-        """SHA-256 of config (preprocessing included) and weights; cached features carry it."""
-        described = json.dumps(self.config_dict(), sort_keys=True)
+        """SHA-256 of config (preprocessing included) and weights; cached features carry it.
+
+        Where files lie is not part of it: a folder may move.
+        """
+        config = {k: v for k, v in self.config_dict().items() if k not in LOCATIONS}
+        described = json.dumps(config, sort_keys=True)
         return hashlib.sha256(f"{described} {self.weights_hash()}".encode()).hexdigest()
 
     def weights_hash(self) -> str:
