@@ -15,7 +15,6 @@ from embodied_rl.config import PolicyConfig
 from embodied_rl.errors import UserError
 from embodied_rl.types import EnvSpec, Features, Obs
 
-
 LOCATIONS = ("source", "tokenizer")  # keys of a backbone's config that are paths
 
 
