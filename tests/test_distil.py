@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import tiny_vla
 import torch
 from conftest import CPU, TINY
 from safetensors import safe_open
@@ -478,3 +479,29 @@ def test_a_run_on_a_lerobot_folder_stays_one(tmp_path, monkeypatch, capsys):
     student.backbone.check_env(SPEC)
     assert student.actor is None and student.backbone_type == "pi0"
     assert student.act(observations()).isfinite().all()
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_the_head_of_a_small_vla(tmp_path, trainable):
+    """All of the head learns on; normalisation, instructions and towers stay."""
+    towers = tiny_vla.vision_folder(tmp_path / "v"), tiny_vla.text_folder(tmp_path / "t")
+    config = tiny_vla.config(*towers)
+    config.backbone, config.steps, config.batch_size = "small_vla", 1, 8
+    episodes = tiny_vla.demos(2)
+    policy = pretrain.clone(config, episodes, [], tiny_vla.TOLD, CPU)
+    policy.save_pretrained(tmp_path / "p")
+    config = PretrainConfig(init=str(tmp_path / "p"), steps=3, batch_size=8)
+    config.tune = TuneConfig(trainable=trainable, lora_rank=2)
+    loaded, backbone = pretrain.load_init(config, set())
+    assert (config.backbone, config.chunk_size, config.optim.lr) == ("small_vla", 3, 3e-4)
+    backbone.check_env(shown_spec(episodes, tiny_vla.TOLD, "cubes"))
+    student = pretrain.go_on(config, loaded, backbone, episodes, [], CPU)
+    before, after = policy.backbone, student.backbone
+    assert before.config_dict() == after.config_dict()
+    learnt = dict(after.named_parameters())
+    assert learnt.keys() == dict(before.named_parameters()).keys()
+    changed = {k for k, v in before.named_parameters() if not torch.equal(v, learnt[k])}
+    assert changed == learnt.keys() if trainable == "full" else changed
+    held = dict(after.named_buffers())
+    assert all(torch.equal(v, held[k]) for k, v in before.named_buffers())
