@@ -76,9 +76,11 @@ class LocalEngine(UpdateEngine):
         for part in [loss] if isinstance(loss, Tensor) else loss:
             found = torch.autograd.grad(part, wanted)
             if ours:
-                torch._foreach_add_(gradients, found)
+                for total, more in zip(gradients, found, strict=True):
+                    total += more
             elif gradients:
-                gradients, ours = list(torch._foreach_add(gradients, found)), True
+                gradients = [a + b for a, b in zip(gradients, found, strict=True)]
+                ours = True
             else:
                 gradients = list(found)
         for value in inputs[::-1]:
