@@ -136,6 +136,8 @@ def batch_tensors(batch: Batch) -> dict[str, Tensor]:
         if isinstance(value, Features):
             stored = value.tensors().items()
             tensors |= {f"batch.{name}.{k.removeprefix(PREFIX)}": v for k, v in stored}
+        elif name == "obs":  # there only where features are made anew
+            tensors |= {f"batch.obs.{k}": v for k, v in (value or {}).items()}
         else:
             tensors[f"batch.{name}"] = value
     return tensors

@@ -74,8 +74,8 @@ MUTATIONS = (
     Mutation(
         "statistics-after-the-update",  # r and d against the moments that this batch moved
         "batch_renorm.py",
-        "r, d = module.corrections(mean, var)",
-        "module.running_mean.lerp_(mean, 1 - module.momentum)\n"
+        "- module.eps\n        r, d = module.corrections(mean, var)",
+        "- module.eps\n        module.running_mean.lerp_(mean, 1 - module.momentum)\n"
         "        r, d = module.corrections(mean, var)",
     ),
     Mutation(
@@ -93,8 +93,10 @@ MUTATIONS = (
     Mutation(
         "gradient-through-r",  # the scale's gradient forgets r
         "batch_renorm.py",
-        "torch.addcmul(to_shift * d, to_scale, r)",
-        "torch.addcmul(to_shift * d, to_scale, torch.ones_like(r))",
+        "ctx.eps, wanted\n        )\n"
+        "        return to_x, torch.addcmul(to_shift * d, to_scale, r)",
+        "ctx.eps, wanted\n        )\n"
+        "        return to_x, torch.addcmul(to_shift * d, to_scale, torch.ones_like(r))",
     ),
     Mutation(
         "norm-before-activation",
@@ -116,7 +118,7 @@ MUTATIONS = (
     ),
     Mutation(
         "maximum-of-critics",
-        "sac.py",
+        "interfaces/learner.py",
         "q.min(0).values",
         "q.max(0).values",
     ),
