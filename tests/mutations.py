@@ -93,8 +93,7 @@ MUTATIONS = (
     Mutation(
         "gradient-through-r",  # the scale's gradient forgets r
         "batch_renorm.py",
-        "ctx.eps, wanted\n        )\n"
-        "        return to_x, torch.addcmul(to_shift * d, to_scale, r)",
+        "ctx.eps, wanted\n        )\n        return to_x, torch.addcmul(to_shift * d, to_scale, r)",
         "ctx.eps, wanted\n        )\n"
         "        return to_x, torch.addcmul(to_shift * d, to_scale, torch.ones_like(r))",
     ),
