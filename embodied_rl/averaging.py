@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, Generic, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -27,12 +27,14 @@ class WeightAverage(Generic[Network]):
         self.source = source
         self.module: Network = copy.deepcopy(source).requires_grad_(False).eval()
         self._lerp = get_ema_multi_avg_fn(decay)
+        self._mine, self._theirs = _tensors(self.module), _tensors(source)
 
     def update(self) -> None:
         """Moves the average towards the source; buffers (statistics, counters) are copied."""
-        self._lerp(list(self.module.parameters()), list(self.source.parameters()), 0)
-        for mine, theirs in zip(self.module.buffers(), self.source.buffers(), strict=True):
-            mine.copy_(theirs)
+        (mine, copies), (theirs, originals) = self._mine, self._theirs
+        self._lerp(mine, theirs, 0)
+        for copied, original in zip(copies, originals, strict=True):
+            copied.copy_(original)
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged weights."""
@@ -41,3 +43,8 @@ class WeightAverage(Generic[Network]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores them."""
         self.module.load_state_dict(state)
+
+
+def _tensors(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters and buffers, looked up once."""
+    return list(module.parameters()), list(module.buffers())

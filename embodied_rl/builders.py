@@ -6,9 +6,11 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from embodied_rl.compiling import Compiled
 from embodied_rl.config import Config, EnvConfig
 from embodied_rl.demonstrations import check_demos, find_demos, read_demos, with_features
 from embodied_rl.distributed import DdpEngine, LocalEngine, Ranks
@@ -41,6 +43,9 @@ ENV_KEYS = (
     "ignore_terminations",
     "kwargs",
 )
+
+
+COMPILE_FROM = 20_000  # updates of a run that train.compile=auto compiles: they win its time back
 
 
 def build_device(name: str) -> torch.device:
@@ -132,8 +137,14 @@ def build_q_head(config: Config, policy: Policy, device: torch.device) -> QHead:
     return head(backbone.feature_dim, size, config.critic, config.algorithm).to(device)
 
 
-def build_sac(config: Config, policy: Policy, q_head: QHead, device: torch.device) -> SAC:
-    """Builds the learner around a policy's actor."""
+def build_sac(
+    config: Config,
+    policy: Policy,
+    q_head: QHead,
+    device: torch.device,
+    say: Callable[[str], None] = print,
+) -> SAC:
+    """Builds the learner around a policy's actor; `say` is told about compiling it."""
     if policy.actor is None:
         raise ValueError("the policy has no actor to train")
     tuning = config.algorithm.entropy_tuning
@@ -149,7 +160,9 @@ def build_sac(config: Config, policy: Policy, q_head: QHead, device: torch.devic
         ranks.share_statistics(module)
     trained = policy.trained_parameters()
     backbone = TrainedBackbone(policy.backbone, trained, engine, config.policy) if trained else None
-    sac = SAC(policy.actor, q_head, temperature, engine, config, backbone)
+    plain = backbone is not None or ranks.world > 1
+    compile = None if plain else build_compile(config, say)
+    sac = SAC(policy.actor, q_head, temperature, engine, config, backbone, compile)
     if policy.actor.base_samples > 1:  # after its copy for averaging was made
         described = Judge.describe(
             config.critic, config.algorithm, policy.backbone.feature_dim, policy.actor.action_shape
@@ -157,6 +170,17 @@ def build_sac(config: Config, policy: Policy, q_head: QHead, device: torch.devic
         policy.judge = Judge(q_head, described)
         policy.actor.judge = policy.judge.forward
     return sac
+
+
+def build_compile(
+    config: Config, say: Callable[[str], None]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
+    """Returns what compiles an update, or None where `train.compile` is against it."""
+    iterations = config.train.total_steps / (config.env.num_envs * config.rollout.steps)
+    short = iterations * config.algorithm.update_epoch < COMPILE_FROM
+    if config.train.compile == "never" or (config.train.compile == "auto" and short):
+        return None
+    return lambda function: Compiled(function, say)
 
 
 def build_encoder(

@@ -253,6 +253,9 @@ class TrainConfig:
     diagnostics: bool = True  # Q bias, dormant units, clip fractions, weight norms per record
     guard: bool = True  # stop at the first NaN or infinity and save the batch; false: train on
     threads: int = 1  # torch threads; the other cores step the environments
+    # updates as compiled functions: auto (in runs of 20,000 updates and more) | always | never.
+    # Compiling takes a minute or two; torch keeps the result for the next run with these sizes
+    compile: str = "auto"
 
 
 @dataclass

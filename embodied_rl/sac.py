@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class SAC:
         engine: takes the optimiser steps.
         config: the run's config.
         backbone: the part of the pretrained policy that the critic's loss trains; None: frozen.
+        compile: makes a faster function of each step; None: they run as they are written.
     """
 
     def __init__(
@@ -36,10 +38,13 @@ class SAC:
         engine: UpdateEngine,
         config: Config,
         backbone: TrainedBackbone | None = None,
+        compile: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
     ) -> None:
         self.config: AlgorithmConfig = config.algorithm
         self.actor, self.q_head, self.temperature = actor, q_head, temperature
         self.engine, self.backbone = engine, backbone
+        anchor = config.algorithm.anchor
+        self.anchored = anchor.weight > 0 or anchor.final_weight > 0
         self.average = WeightAverage(actor, config.actor.average_decay)
         self.critic_updates = 0
         self._critic = engine.attach("critic", q_head.critic_parameters(), config.critic.optim)
@@ -48,6 +53,9 @@ class SAC:
         if temperature.tuned:
             optim = self.config.entropy_tuning.optim
             self._temperature = engine.attach("temperature", temperature.parameters(), optim)
+        plain = compile is None
+        self._critic_step = self._update_critic if plain else compile(self._update_critic)
+        self._actor_step = self._update_actor if plain else compile(self._update_actor)
 
     def update(self, batch: Batch, *, env_steps: int) -> dict[str, Tensor]:
         """Takes one critic step and, every `policy_delay` of them, one actor step.
@@ -59,11 +67,12 @@ class SAC:
         Returns:
             Scalar tensors by metric name; reading them is left to the caller.
         """
-        metrics = self._update_critic(batch)
+        metrics = self._critic_step(batch)
         self.critic_updates += 1
         warm = env_steps >= self.config.critic_warmup_steps
         if warm and self.critic_updates % self.config.policy_delay == 0:
-            metrics |= self._update_actor(batch, self.anchor_weight(env_steps))
+            weight = batch.reward.new_tensor(self.anchor_weight(env_steps))
+            metrics = {**metrics, **self._actor_step(batch, weight)}
         return metrics
 
     def anchor_weight(self, env_steps: int) -> float:
@@ -84,6 +93,7 @@ class SAC:
         return batch.reward + batch.discount * value
 
     def _update_critic(self, batch: Batch) -> dict[str, Tensor]:
+        """The whole step as a function of tensors: nothing in it is read on the host."""
         with torch.no_grad():
             self.actor.eval()
             following = self.actor.backup(batch.next_features)
@@ -108,7 +118,7 @@ class SAC:
             metrics["backbone/grad_norm"] = self.backbone.step(batch.obs, x.grad)
         return metrics
 
-    def _update_actor(self, batch: Batch, anchor_weight: float) -> dict[str, Tensor]:
+    def _update_actor(self, batch: Batch, anchor_weight: Tensor) -> dict[str, Tensor]:
         self.actor.train()
         features = batch.features
         sample = self.actor(features)
@@ -116,7 +126,7 @@ class SAC:
         alpha = self.temperature().detach()
         loss = (alpha * sample.log_prob - q).mean()
         metrics = {"actor/q": q.detach().mean(), "actor/entropy": -sample.log_prob.detach().mean()}
-        if anchor_weight > 0:
+        if self.anchored:
             distance, kept = self._anchor(batch, sample.mode)
             loss = loss + anchor_weight * (distance * kept).mean()
             metrics["anchor/distance"] = distance.detach().mean()
@@ -124,7 +134,7 @@ class SAC:
         norm = self.engine.step(self._actor, loss)
         self.average.update()
         metrics |= {"actor/loss": loss.detach(), "actor/grad_norm": norm}
-        metrics["anchor/weight"] = loss.new_tensor(anchor_weight)
+        metrics["anchor/weight"] = anchor_weight
         if self._temperature is not None:
             temperature_loss = self.temperature.loss(sample.log_prob)
             self.engine.step(self._temperature, temperature_loss)

@@ -50,7 +50,7 @@ class Trainer:
         self.config, self.run_dir, self.env, self.policy = config, run_dir, env, policy
         self.device, self.stop = device, stop
         q_head = builders.build_q_head(config, policy, device)
-        self.sac = builders.build_sac(config, policy, q_head, device)
+        self.sac = builders.build_sac(config, policy, q_head, device, lambda m: self.logger.say(m))
         self.averaged = policy.with_actor(self.sac.average.module)
         self.replay = builders.build_replay(config, policy, run_dir / "replay", device)
         self.guard = Guard(run_dir / "failure", enabled=config.train.guard)

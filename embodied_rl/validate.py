@@ -33,6 +33,7 @@ CHOICES: dict[str, list[str]] = {
     "algorithm.entropy_tuning.alpha_type": ["softplus", "exp", "fixed_alpha"],
     "algorithm.entropy_tuning.objective": ["alpha", "log_alpha"],
     "algorithm.replay_buffer.cache_device": ["auto", "cpu"],
+    "train.compile": ["auto", "always", "never"],
     "algorithm.replay_buffer.compression": ["none", "zstd"],
     "compression": ["none", "zstd"],
     "eval.metric": ["success_once", "success_at_end", "return"],

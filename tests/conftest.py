@@ -12,6 +12,7 @@ from tiny_flow import TinyFlow
 from embodied_rl.backbones.state import StateBackbone
 from embodied_rl.builders import build_env, build_policy, build_q_head, build_sac
 from embodied_rl.config import Config
+from embodied_rl.distributed import LocalTrainable
 from embodied_rl.interfaces import Backbone
 from embodied_rl.load_config import load_config
 from embodied_rl.policy import Policy
@@ -30,6 +31,7 @@ TINY = (
     "policy.path=null",
     "policy.cache_features=true",
     "algorithm.demo.fraction=0",
+    "train.compile=never",
     "algorithm.batch_size=16",
     "algorithm.gamma=0.8",
     "algorithm.n_step=1",
@@ -83,6 +85,19 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def kept_gradients(monkeypatch):
+    """Leaves in `parameter.grad` what an engine handed to its last optimiser step."""
+    apply = LocalTrainable.apply
+
+    def keeping(trainable, gradients):
+        for parameter, gradient in zip(trainable.parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        apply(trainable, gradients)
+
+    monkeypatch.setattr(LocalTrainable, "apply", keeping)
 
 
 @pytest.fixture(scope="session")

@@ -72,6 +72,9 @@ class Ours:
         self.sac = sac
         for module in (sac.actor, sac.average.module, sac.q_head, sac.temperature):
             module.double()
+        for trainable in sac.engine._trainables.values():
+            for moments in (trainable.exp_avgs, trainable.exp_avg_sqs):
+                moments[:] = [moment.double() for moment in moments]
         self._queue: list[np.ndarray] = []
         monkeypatch.setattr(torch, "randn_like", self._noise)
 

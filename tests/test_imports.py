@@ -16,7 +16,7 @@ LAYERS = (
     ("validate",),
     ("load_config",),
     ("interfaces",),
-    ("batch_renorm", "schedules", "averaging", "manifest"),
+    ("batch_renorm", "schedules", "averaging", "manifest", "compiling"),
     ("nn",),
     ("backbones", "actors", "q_heads", "replay", "formats", "envs", "distributed"),
     (

@@ -148,6 +148,7 @@ class SB3:
 
 
 @pytest.mark.unit
+@pytest.mark.usefixtures("kept_gradients")
 @pytest.mark.parametrize("kind", ["sac", "crossq"])
 def test_stable_baselines3(kind, ours, data, monkeypatch):
     crossq = [
@@ -174,6 +175,7 @@ def test_stable_baselines3(kind, ours, data, monkeypatch):
 
 
 @pytest.mark.unit
+@pytest.mark.usefixtures("kept_gradients")
 def test_the_comparison_bites(ours, data, monkeypatch):
     """With the paper's variance instead of sb3-contrib's, the first update already differs."""
     mine = ours(*CROSSQ, f"critic.batch_renorm.warmup_steps={WARMUP + 1}")

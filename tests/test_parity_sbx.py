@@ -20,7 +20,8 @@ from parity import (
     assert_same,
 )
 
-pytestmark = pytest.mark.e2e  # compiling takes most of its half minute
+# compiling takes most of its half minute
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("kept_gradients")]
 jax = pytest.importorskip("jax")
 sbx = pytest.importorskip("sbx")
 

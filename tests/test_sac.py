@@ -16,7 +16,7 @@ from embodied_rl.schedules import learning_rate, linear
 from embodied_rl.temperature import Temperature
 from embodied_rl.types import Features
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("kept_gradients")]
 CPU = torch.device("cpu")
 HEADS = Q_HEADS.names
 
@@ -138,7 +138,7 @@ def test_critic_step_gives_no_gradient_to_the_actor_and_vice_versa(make_sac, mak
     assert all(p.grad is None for p in sac.actor.parameters())
     critic = {n: p.grad.clone() for n, p in sac.q_head.named_parameters() if p.grad is not None}
     state = {k: v.clone() for k, v in sac.q_head.state_dict().items()}
-    sac._update_actor(batch, 1.0)
+    sac._update_actor(batch, torch.tensor(1.0))
     assert all(p.grad is not None for p in sac.actor.parameters())
     for name, parameter in sac.q_head.named_parameters():
         assert (parameter.grad is None) == (name not in critic)
@@ -157,7 +157,7 @@ def test_actor_loss_by_hand(make_sac, make_batch, actor_agg, agg):
     ]
     sac, twin, batch = make_sac(*overrides), make_sac(*overrides), make_batch(16)
     torch.manual_seed(6)
-    metrics = sac._update_actor(batch, 0.0)
+    metrics = sac._update_actor(batch, torch.tensor(0.0))
     torch.manual_seed(6)
     sample = twin.actor(batch.features)
     q = twin.q_head.score(batch.features.vector, sample.action)
@@ -185,7 +185,7 @@ def test_actor_climbs_the_critic(make_sac, make_batch, head, monkeypatch):
     batch = make_batch(64)
     batch.features.base_action.zero_()
     for _ in range(300):
-        sac._update_actor(batch, 0.0)
+        sac._update_actor(batch, torch.tensor(0.0))
     mode = sac.actor.eval()(batch.features).mode
     torch.testing.assert_close(mode, torch.full_like(mode, 0.4), rtol=0, atol=0.1)
 
@@ -207,10 +207,10 @@ def test_anchor_pulls_towards_the_base_action(make_sac, make_batch):
             p.zero_()
         sac.actor.net[-1].bias += 0.5  # away from the base
     batch = make_batch(64)
-    first = sac._update_actor(batch, 1.0)
+    first = sac._update_actor(batch, torch.tensor(1.0))
     assert float(first["anchor/kept"]) == 1.0
     for _ in range(200):
-        last = sac._update_actor(batch, 1.0)
+        last = sac._update_actor(batch, torch.tensor(1.0))
     assert float(last["anchor/distance"]) < 0.02 * float(first["anchor/distance"])
 
 
@@ -247,7 +247,7 @@ def test_anchor_enters_the_loss_with_its_weight(make_sac, make_batch):
         with torch.no_grad():
             sac.actor.net[-1].bias += 0.5
         torch.manual_seed(1)
-        metrics = sac._update_actor(make_batch(16), weight)
+        metrics = sac._update_actor(make_batch(16), torch.tensor(weight))
         losses.append(float(metrics["actor/loss"]))
     distance = float(metrics["anchor/distance"])
     assert distance > 0.01
@@ -390,7 +390,7 @@ def test_clipping_bounds_only_its_own_module(make_sac, make_batch):
     clipped.q_head.load_state_dict(free.q_head.state_dict())
     for sac in (free, clipped):
         torch.manual_seed(3)
-        sac._update_actor(batch, 0.0)
+        sac._update_actor(batch, torch.tensor(0.0))
     assert norm(free.actor) == norm(clipped.actor) > 0
 
 

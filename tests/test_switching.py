@@ -92,5 +92,5 @@ def test_statistics_move_only_in_their_own_training_pass(make_trainer):
     sac._update_critic(batch)
     moved = statistics(sac.q_head)
     assert not equal(moved, head) and equal(statistics(sac.actor), actor)
-    sac._update_actor(batch, 1.0)
+    sac._update_actor(batch, torch.tensor(1.0))
     assert equal(statistics(sac.q_head), moved) and not equal(statistics(sac.actor), actor)

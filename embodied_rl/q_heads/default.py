@@ -68,7 +68,10 @@ class DefaultQHead(QHead):
     def after_update(self) -> None:
         """Moves target <- (1 - tau) * target + tau * online, every `target_update_freq` updates."""
         self.updates += 1
-        if int(self.updates) % self.target_update_freq:
+        targets, online = list(self.target.parameters()), list(self.critics.parameters())
+        if self.target_update_freq == 1:
+            torch._foreach_lerp_(targets, online, self.tau)
             return
-        for target, online in zip(self.target.parameters(), self.critics.parameters(), strict=True):
-            target.lerp_(online, self.tau)
+        due = self.updates % self.target_update_freq == 0  # a tensor: nothing waits for the device
+        for target, source in zip(targets, online, strict=True):
+            target.lerp_(source, due.to(source) * self.tau)

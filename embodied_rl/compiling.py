@@ -1,0 +1,80 @@
+"""Turns a step of the learner into one compiled function, where a compiler is at hand."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+class Compiled(Generic[Result]):
+    """Calls a function through `torch.compile`, or, where that fails, as it is written.
+
+    The graph holds everything: losses, gradients, optimiser step. Compiling takes up to a minute
+    on a CPU; torch keeps the result on disk (TORCHINDUCTOR_CACHE_DIR) for the next run with the
+    same sizes and versions.
+
+    Args:
+        function: of tensors and dataclasses of them, always of the same sizes and settings.
+        say: is told when it compiles, and why it could not.
+    """
+
+    def __init__(self, function: Callable[..., Result], say: Callable[[str], None]) -> None:
+        self._plain, self._say = function, say
+        self._call: Callable[..., Result] | None = None
+
+    def __call__(self, *args: Any) -> Result:
+        """Calls the function; the first time, compiles it."""
+        return self._compile(args) if self._call is None else self._call(*args)
+
+    def _compile(self, args: tuple[Any, ...]) -> Result:
+        from torch._dynamo import config  # here: it takes seconds to import
+        from torch._dynamo.exc import TorchDynamoException
+
+        name = self._plain.__name__.strip("_").replace("_", " ")
+        self._say(f"compiling: {name} (train.compile; torch keeps it for the next run)")
+        options = {
+            # noise as torch itself draws it: the same numbers as without compiling
+            "fallback_random": True,
+            # asking at each call whether sizes and settings are still the same takes half a
+            # millisecond; sizes are checked in the compiled code again
+            "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
+            "compile_threads": 1,  # no processes of its own, which Ctrl-C would hit too
+        }
+        fast = torch.compile(_own(self._plain), fullgraph=True, dynamic=False, options=options)
+        try:
+            with config.patch(trace_autograd_ops=True):
+                result = fast(*args)
+            self._call = fast
+            return result
+        except (TorchDynamoException, AttributeError) as error:  # a torch without that setting
+            reason = (str(error).strip().splitlines() or [""])[0]
+            self._say(
+                f"warning: {name} cannot be compiled here and runs as it is, about a third slower: "
+                f"{type(error).__name__}: {reason} (train.compile=never: do not try)"
+            )
+        self._call = self._plain
+        return self._plain(*args)
+
+
+def _own(function: Callable[..., Result]) -> Callable[..., Result]:
+    """A copy of a function or method with code of its own: torch keeps what it compiled there.
+
+    Without guards, a second learner's method would otherwise run as the first one's.
+    """
+    if isinstance(function, types.MethodType):
+        return types.MethodType(_own(function.__func__), function.__self__)
+    assert isinstance(function, types.FunctionType)
+    copy = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
