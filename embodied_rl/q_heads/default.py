@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from embodied_rl.config import AlgorithmConfig, CriticConfig
 from embodied_rl.interfaces import QHead
@@ -44,6 +45,7 @@ class DefaultQHead(QHead):
         super().__init__(feature_dim, action_size, critic, algorithm)
         self.tau = algorithm.tau
         self.target_update_freq = algorithm.target_update_freq
+        self._follow = get_ema_multi_avg_fn(1 - algorithm.tau)
         self.critics = CriticEnsemble(feature_dim, action_size, critic.hidden, critic.num_critics)
         self.target = copy.deepcopy(self.critics).requires_grad_(False)
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
@@ -70,7 +72,7 @@ class DefaultQHead(QHead):
         self.updates += 1
         targets, online = list(self.target.parameters()), list(self.critics.parameters())
         if self.target_update_freq == 1:
-            torch._foreach_lerp_(targets, online, self.tau)
+            self._follow(targets, online, 0)
             return
         due = self.updates % self.target_update_freq == 0  # a tensor: nothing waits for the device
         for target, source in zip(targets, online, strict=True):
