@@ -70,7 +70,8 @@ class DefaultQHead(QHead):
     def after_update(self) -> None:
         """Moves target <- (1 - tau) * target + tau * online, every `target_update_freq` updates."""
         self.updates += 1
-        targets, online = list(self.target.parameters()), list(self.critics.parameters())
+        targets: list[Tensor] = list(self.target.parameters())
+        online: list[Tensor] = list(self.critics.parameters())
         if self.target_update_freq == 1:
             self._follow(targets, online, 0)
             return
