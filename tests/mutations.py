@@ -142,8 +142,8 @@ MUTATIONS = (
     Mutation(
         "polyak-swapped",
         "q_heads/default.py",
-        "target.lerp_(online, self.tau)",
-        "target.lerp_(online, 1 - self.tau)",
+        "get_ema_multi_avg_fn(1 - algorithm.tau)",
+        "get_ema_multi_avg_fn(algorithm.tau)",
     ),
     Mutation(
         "online-network-as-target",
