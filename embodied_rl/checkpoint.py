@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +105,35 @@ class Checkpoints:
         kinds = ("step_*", f"{SET_ASIDE}*")
         return not any(path for kind in kinds for path in self.folder.glob(kind))
 
-    def restore(self) -> int:
+    def whole(self) -> list[int]:
+        """Steps of the checkpoints that are as they were written."""
+        steps = []
+        for folder in sorted(self.folder.glob("step_*")):
+            try:
+                verify_manifest(folder)
+                steps.append(int(folder.name.removeprefix("step_")))
+            except Damaged:
+                continue
+        return steps
+
+    def restore(self, among: Set[int] | None = None) -> int:
         """Loads the newest undamaged checkpoint into all parts; returns its step.
 
         Damaged ones that are newer are renamed to `damaged_step_<n>` and told in `problems`.
+
+        Args:
+            among: steps to choose from, those that all processes of a run have; newer ones are
+                deleted. None: all.
 
         Raises:
             UserError: none is usable, or the newest was written by a later embodied_rl.
         """
         damaged: list[Path] = []
+        ahead: list[Path] = []
         for folder in sorted(self.folder.glob("step_*"), reverse=True):
+            if among is not None and int(folder.name.removeprefix("step_")) not in among:
+                ahead.append(folder)
+                continue
             try:
                 state, step = _read(folder)
             except Damaged as error:
@@ -122,6 +142,8 @@ class Checkpoints:
                 continue
             self._load(state, folder)
             self._after_fallback(folder, damaged)
+            for path in ahead:
+                shutil.rmtree(path)
             return step
         detail = f" {' '.join(self.problems)}" if self.problems else ""
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Set
@@ -27,7 +28,9 @@ def run(command: str, schema: type[Any], main: Callable[[list[str]], int]) -> No
     try:
         sys.exit(main(args))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK")  # of several processes, the one that failed
+        who = f"rank {rank}: " if rank is not None else ""
+        print(f"error: {who}{error}", file=sys.stderr)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

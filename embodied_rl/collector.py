@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from embodied_rl.config import RolloutConfig
+from embodied_rl.distributed import Ranks
 from embodied_rl.episode import Episode, Row
 from embodied_rl.guard import Guard
 from embodied_rl.interfaces import ReplayBuffer, VecEnv
@@ -41,9 +42,11 @@ class Collector:
         store_features: put the backbone's features into the trajectories.
         seed: of the training episodes.
         device: where the policy runs.
+        ranks: processes that collect beside this one, each with as many environments.
 
     Attributes:
-        env_steps: steps of all environments together, those of dropped episodes included.
+        env_steps: steps of all environments of all processes together, those of dropped episodes
+            included.
         dropped: episodes lost in progress: a worker died, or a resume could not re-create them.
         recent: the latest finished trajectories, for diagnostics.
     """
@@ -59,7 +62,9 @@ class Collector:
         store_features: bool,
         seed: int,
         device: torch.device,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = Ranks() if ranks is None else ranks
         self.env, self.policy, self.replay, self.config = env, policy, replay, config
         self.guard, self.store_features, self.seed, self.device = (
             guard,
@@ -95,7 +100,8 @@ class Collector:
         return len(different)
 
     def _seeds(self, ahead: int = 0) -> list[int]:
-        return [episode_seed(self.seed, i, n + ahead) for i, n in enumerate(self._numbers)]
+        first = self.ranks.rank * self.env.num_envs  # of this process's environments among all
+        return [episode_seed(self.seed, first + i, n + ahead) for i, n in enumerate(self._numbers)]
 
     def _drop(self, env: int) -> None:
         self.dropped += 1
@@ -143,7 +149,7 @@ class Collector:
         arrived |= {f"final_obs.{k}": v for k, v in result.final_obs.items()}
         self._check("in the step of the environments", {"reward": result.reward, **arrived})
         self._obs = result.obs
-        self.env_steps += self.env.num_envs
+        self.env_steps += self.env.num_envs * self.ranks.world
         ended, lost = (result.terminated | result.truncated).tolist(), result.restarted.tolist()
         reward, success = result.reward.tolist(), result.success.tolist()
         for i, episode in enumerate(self._episodes):

@@ -256,6 +256,9 @@ class TrainConfig:
     # updates as compiled functions: auto (in runs of 20,000 updates and more) | always | never.
     # Compiling takes a minute or two; torch keeps the result for the next run with these sizes
     compile: str = "auto"
+    # several processes (torchrun, accelerate launch): seconds until one that does not answer ends
+    # the run; an evaluation or checkpoint of the others must fit in
+    rank_timeout: float = 1_800.0
 
 
 @dataclass

@@ -11,6 +11,7 @@ import imageio.v2 as imageio
 import numpy as np
 import torch
 
+from embodied_rl.distributed import Ranks
 from embodied_rl.interfaces import VecEnv
 from embodied_rl.policy import Policy
 from embodied_rl.types import INSTRUCTION, EpisodeStats
@@ -33,10 +34,14 @@ class Evaluator:
         env: evaluation environments, apart from the training ones.
         episodes: episodes per evaluation.
         device: where the policy runs.
+        ranks: processes that share the episodes, each with as many environments.
     """
 
-    def __init__(self, env: VecEnv, episodes: int, device: torch.device) -> None:
+    def __init__(
+        self, env: VecEnv, episodes: int, device: torch.device, ranks: Ranks | None = None
+    ) -> None:
         self.env, self.episodes, self.device = env, episodes, device
+        self.ranks = Ranks() if ranks is None else ranks
 
     @torch.no_grad()
     def run(
@@ -48,7 +53,7 @@ class Evaluator:
         video: Path | None = None,
         video_episodes: int = 4,
     ) -> Evaluation:
-        """Evaluates; environment i runs episodes i, i + N, i + 2N, ...
+        """Evaluates; of all N environments the i-th runs episodes i, i + N, i + 2N, ...
 
         An episode whose environment is lost in the middle runs again, after the one that follows.
 
@@ -60,26 +65,28 @@ class Evaluator:
                 other environments then need no renderer, which takes long to start on a CPU.
             video_episodes: how many of them.
         """
-        n = self.env.num_envs
+        n, whole = self.env.num_envs, self.env.num_envs * self.ranks.world
+        first = self.ranks.rank * n  # of this process's environments among all
+        own = sum(first <= e % whole < first + n for e in range(self.episodes))
         results: dict[int, tuple[float, bool, bool, int]] = {}
-        episode = list(range(n))  # the episode that each environment is in
-        numbers = [itertools.count(e + n, n) for e in episode]  # those still to come
+        episode = list(range(first, first + n))  # the episode that each environment is in
+        numbers = [itertools.count(e + whole, whole) for e in episode]  # those still to come
         following = [next(more) for more in numbers]
-        generator = torch.Generator(self.device).manual_seed(first_seed)
+        generator = torch.Generator(self.device).manual_seed(first_seed + first)
         obs = self.env.reset([first_seed + e for e in episode])
         told = obs.get(INSTRUCTION)  # of the episode that each environment is in
         tasks: dict[int, int] = {}  # instruction of each finished episode
         plans: list[list[torch.Tensor]] = [[] for _ in range(n)]
         totals, onces, lengths = [0.0] * n, [False] * n, [0] * n
         frames: dict[int, list[np.ndarray]] = {}
-        while len(results) < self.episodes:
+        while len(results) < own:
             deciding = [i for i in range(n) if not plans[i]]
             if deciding:
                 part = {k: v[deciding].to(self.device) for k, v in obs.items()}
                 actions = policy.act(part, deterministic=deterministic, generator=generator).cpu()
                 for j, i in enumerate(deciding):
                     plans[i] = list(actions[j, : policy.execute_steps])
-            if video is not None and episode[0] < min(video_episodes * n, self.episodes):
+            if video is not None and episode[0] < min(video_episodes * whole, self.episodes):
                 frame = self.env.render(0)
                 if frame is not None:
                     frames.setdefault(episode[0], []).append(frame)
@@ -106,10 +113,13 @@ class Evaluator:
                     episode[i], following[i] = following[i], after
                     totals[i], onces[i], lengths[i], plans[i] = 0.0, False, 0, []
             told = obs.get(INSTRUCTION)
+        outcomes = [[e, *results[e], tasks.get(e)] for e in results]
+        everything = sorted(o for part in self.ranks.gather_json(outcomes) for o in part)
         stats = EpisodeStats()
-        for e in range(self.episodes):
-            stats.add(*results[e])
-        if video is not None:
+        for _, total, once, at_end, length, _ in everything:
+            stats.add(total, once, at_end, length)
+        tasks = {e: task for e, *_, task in everything if task is not None}
+        if video is not None and frames:
             write_video(video, [frames[e] for e in sorted(frames)])
         by_task = by_instruction(stats, tasks, self.env.spec.instructions)
         return Evaluation(stats, stats.summary() | by_task)

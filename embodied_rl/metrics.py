@@ -57,11 +57,13 @@ class Logger:
     Args:
         folder: the run folder.
         total_steps: environment steps of the whole run.
+        shown: false: nothing is printed or written, for all processes of a run but the first.
     """
 
-    def __init__(self, folder: Path, total_steps: int) -> None:
-        self._folder, self._total = folder, total_steps
+    def __init__(self, folder: Path, total_steps: int, *, shown: bool = True) -> None:
+        self._folder, self._total, self._visible = folder, total_steps, shown
         self._path = folder / RECORDS
+        self._board: SummaryWriter | None = None
         self._length: int | None = None  # bytes that a checkpoint stands behind
 
     def open(self, step: int) -> None:
@@ -70,10 +72,12 @@ class Logger:
         if self._path.exists() and self._path.stat().st_size > length:
             os.truncate(self._path, length)
         purge = 0 if self._length is None else step + 1
-        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=purge)
+        if self._visible:
+            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=purge)
         self._bar = tqdm(
             total=self._total,
             initial=step,
+            disable=not self._visible,
             unit="step",
             dynamic_ncols=True,
             file=sys.stderr,
@@ -85,6 +89,8 @@ class Logger:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Records scalars at an environment step."""
+        if self._board is None:
+            return
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         with self._path.open("a", encoding="utf-8") as file:
@@ -98,12 +104,14 @@ class Logger:
 
     def say(self, message: str) -> None:
         """Prints a line without tearing the bar."""
-        self._bar.write(message, file=sys.stdout)
-        sys.stdout.flush()
+        if self._visible:
+            self._bar.write(message, file=sys.stdout)
+            sys.stdout.flush()
 
     def state_dict(self) -> dict[str, Any]:
         """Forces what was recorded to disk, and returns its length in bytes."""
-        self._board.flush()
+        if self._board is not None:
+            self._board.flush()
         length = 0
         if self._path.exists():
             with self._path.open("rb") as file:
@@ -118,7 +126,8 @@ class Logger:
     def close(self) -> None:
         """Ends the bar and the writers."""
         self._bar.close()
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

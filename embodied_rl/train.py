@@ -29,36 +29,57 @@ def main(args: list[str]) -> int:
     import torch  # after the arguments were checked: a typo should not wait for imports
 
     from embodied_rl import builders
+    from embodied_rl.distributed import join, leave
     from embodied_rl.policy import find_policy
     from embodied_rl.stopping import StopRequest
     from embodied_rl.trainer import Trainer
 
     torch.set_num_threads(config.train.threads)
-    torch.manual_seed(config.seed)
-    device = builders.build_device(config.device)
-    for key in without_effect(config, given):
+    ranks, device_name = join(config.device, config.train.rank_timeout)
+    part = builders.share(config, ranks)
+    first = ranks.rank == 0
+    run_dir = Path(ranks.gather_json(str(run_dir))[0])  # its name may hold the time of day
+    own_dir = run_dir if first else run_dir / "ranks" / str(ranks.rank)
+    torch.manual_seed(config.seed)  # the same networks everywhere
+    device = builders.build_device(device_name)
+    for key in without_effect(config, given) if first else []:
         print(f"note: {key} has no effect with q_head_type={config.algorithm.q_head_type}")
     if config.policy.path is not None:
         find_policy(config.policy.path)  # fails early, before simulators start
     _, why_no_demos = builders.demo_folder(config)
-    if why_no_demos is not None:
+    if why_no_demos is not None and first:
         print(f"note: {why_no_demos}")
-    env = builders.build_env(config.env, config.env.num_envs, device)
+    env = builders.build_env(part.env, part.env.num_envs, device)
     try:
         with StopRequest() as stop:
             policy = builders.build_policy(config, env.spec, device)
-            run_dir.mkdir(parents=True, exist_ok=True)
-            _announce(config, run_dir, device, resume)
-            recorded = dataclasses.replace(config, run_dir=None, resume=None)
-            save_config(recorded, run_dir / "config.yaml")
-            results = Trainer(config, run_dir, env, policy, device, stop).run(resume=resume)
+            own_dir.mkdir(parents=True, exist_ok=True)
+            if first:
+                _announce(config, run_dir, device, resume, ranks.world)
+                recorded = dataclasses.replace(config, run_dir=None, resume=None)
+                save_config(recorded, run_dir / "config.yaml")
+            trainer = Trainer(
+                part, own_dir, env, policy, device, stop, seed=config.seed, ranks=ranks
+            )
+            if not first:
+                torch.manual_seed(part.seed)  # noise of its own
+            results = trainer.run(resume=resume)
     finally:
         env.close()
+    leave()
     if results is None:
-        print(f"stopped; continue with: python -m embodied_rl.train resume={run_dir}")
+        if first:
+            print(f"stopped; continue with: {_command(ranks.world)} resume={run_dir}")
         return stop.exit_code
-    _report(results, run_dir, config.eval.metric)
+    if first:
+        _report(results, run_dir, config.eval.metric)
     return 0
+
+
+def _command(world: int) -> str:
+    """What starts a run of as many processes."""
+    several = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
+    return f"{several} -m embodied_rl.train"
 
 
 def _read(args: list[str]) -> tuple[Config, set[str]]:
@@ -83,12 +104,13 @@ def without_effect(config: Config, given: set[str]) -> list[str]:
     return sorted(unused)
 
 
-def _announce(config: Config, run_dir: Path, device: object, resume: bool) -> None:
+def _announce(config: Config, run_dir: Path, device: object, resume: bool, world: int) -> None:
     verb = "resuming" if resume else "finetuning"
+    where = f"{device}, {world} processes" if world > 1 else str(device)
     print(
         f"{verb} {config.policy.path or 'a fresh policy'} on {config.env.name} with "
         f"q_head_type={config.algorithm.q_head_type} ({config.env.num_envs} environments, "
-        f"{config.train.total_steps:,} steps, {device})\nrun folder: {run_dir}",
+        f"{config.train.total_steps:,} steps, {where})\nrun folder: {run_dir}",
         flush=True,
     )
 

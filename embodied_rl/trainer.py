@@ -14,6 +14,7 @@ from embodied_rl.checkpoint import BEST, LAST, POLICY, Checkpoints
 from embodied_rl.collector import Collector
 from embodied_rl.config import Config
 from embodied_rl.diagnostics import Diagnostics
+from embodied_rl.distributed import Ranks
 from embodied_rl.errors import RunStopped
 from embodied_rl.evaluator import Evaluation, Evaluator
 from embodied_rl.generators import Generators
@@ -23,19 +24,21 @@ from embodied_rl.metrics import Logger, Means, plot_curve
 from embodied_rl.policy import Policy
 from embodied_rl.progress import Clock, Progress
 from embodied_rl.stopping import StopRequest
-from embodied_rl.types import Batch
+from embodied_rl.types import Batch, EpisodeStats
 
 
 class Trainer:
     """Finetunes one policy in one environment.
 
     Args:
-        config: the run's config.
-        run_dir: an existing run folder.
+        config: the run's config; of several processes this one's share of it (`builders.share`).
+        run_dir: an existing run folder; of several processes this one's own.
         env: training environments.
         policy: backbone and actor; what is evaluated and saved is its average over updates.
         device: where networks live.
         stop: asked after every iteration.
+        seed: of the training episodes; None: the config's.
+        ranks: processes that train together, each with its own trainer.
     """
 
     def __init__(
@@ -46,7 +49,11 @@ class Trainer:
         policy: Policy,
         device: torch.device,
         stop: StopRequest,
+        *,
+        seed: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = Ranks() if ranks is None else ranks
         self.config, self.run_dir, self.env, self.policy = config, run_dir, env, policy
         self.device, self.stop = device, stop
         q_head = builders.build_q_head(config, policy, device)
@@ -61,8 +68,9 @@ class Trainer:
             config.rollout,
             self.guard,
             store_features=config.policy.cache_features,
-            seed=config.seed,
+            seed=config.seed if seed is None else seed,
             device=device,
+            ranks=self.ranks,
         )
         self.diagnostics = Diagnostics(
             self.sac, config.algorithm, builders.build_encoder(policy, device), device
@@ -71,7 +79,7 @@ class Trainer:
         self.progress = Progress()
         self.means = Means()
         self.clock = Clock()
-        self.logger = Logger(run_dir, config.train.total_steps)
+        self.logger = Logger(run_dir, config.train.total_steps, shown=self.ranks.rank == 0)
         self._improved = False
         self._eval_env: VecEnv | None = None
         self.checkpoints = Checkpoints(
@@ -86,6 +94,7 @@ class Trainer:
                 "logger": self.logger,
                 "diagnostics": self.diagnostics,
                 "generators": Generators(),
+                "ranks": self.ranks,
             },
             config.train.keep_checkpoints,
         )
@@ -95,15 +104,20 @@ class Trainer:
         """Environment steps so far."""
         return self.collector.env_steps
 
+    @property
+    def stopping(self) -> bool:
+        """Whether some process was asked to stop."""
+        return self.ranks.any(self.stop.requested)
+
     def run(self, *, resume: bool) -> dict[str, Any] | None:
         """Trains to the end; returns the results, or None if it was stopped (and saved) before.
 
         Raises:
             RunStopped: broken numbers, or simulators that keep dying; names the last checkpoint.
         """
-        begun = resume and not self.checkpoints.empty
+        begun = resume and not self.ranks.any(self.checkpoints.empty)
         if begun:
-            self.checkpoints.restore()
+            self.checkpoints.restore(self._common_steps())
             if self.checkpoints.best is None:  # damaged: the next evaluation is the best one again
                 self.progress.best_score = None
         self.logger.open(self.step)
@@ -120,7 +134,7 @@ class Trainer:
                 self._evaluate(video=self.run_dir / "videos" / "first.mp4")
                 self._save()
             self._train()
-            if self.stop.requested:
+            if self.stopping:
                 self._save()
                 return None
             return self._finish()
@@ -132,6 +146,16 @@ class Trainer:
             if self._eval_env is not None:
                 self._eval_env.close()
             self.replay.close()
+
+    def _common_steps(self) -> set[int] | None:
+        """Steps of the checkpoints that all processes have whole; None for a process alone.
+
+        One that was killed while it saved may have an older newest one than the others.
+        """
+        if self.ranks.world == 1:
+            return None
+        everywhere = self.ranks.gather_json(self.checkpoints.whole())
+        return set.intersection(*(set(steps) for steps in everywhere))
 
     def _way_on(self) -> str:
         last = self.checkpoints.last
@@ -159,7 +183,7 @@ class Trainer:
     def _train(self) -> None:
         train, interval = self.config.train, self.config.eval.interval
         self._start()
-        while self.step < train.total_steps and not self.stop.requested:
+        while self.step < train.total_steps and not self.stopping:
             before = self.step
 
             def crossed(every: int, before: int = before) -> bool:
@@ -188,13 +212,14 @@ class Trainer:
         started = time.monotonic()
         for s in range(steps):
             self.collector.begin()
-            if self.replay.ready:
+            if self.ranks.all(self.replay.ready):
                 for _ in range((s + 1) * updates // steps - s * updates // steps):
                     self._update()
             self.collector.end()
         self.guard.verify()  # so that no log, evaluation or checkpoint comes before a check
         self._tell_restarts()
-        self.clock.add(steps * self.env.num_envs, time.monotonic() - started)
+        whole = self.env.num_envs * self.ranks.world
+        self.clock.add(steps * whole, time.monotonic() - started)
 
     def _update(self) -> None:
         self.sac.engine.set_progress(self.step / self.config.train.total_steps)
@@ -207,15 +232,19 @@ class Trainer:
 
     def _log(self) -> None:
         """Records what happened since the last record."""
-        episodes = self.collector.pop_stats().summary()
+        own = vars(self.collector.pop_stats())
+        episodes = EpisodeStats.merged(self.ranks.gather_json(own)).summary()
         rates = self.clock.pop()
         values = {f"train/{k}": v for k, v in episodes.items()}
         values |= {f"speed/{k}": v for k, v in rates.items()}
         values["train/updates"] = float(self.progress.updates)
-        values["train/dropped_episodes"] = float(self.collector.dropped)
+        values["train/dropped_episodes"] = float(
+            sum(self.ranks.gather_json(self.collector.dropped))
+        )
         values |= self.means.pop()
         if self._batch is not None and self.config.train.diagnostics:
             values |= self.diagnostics.measure(self._batch, self.collector.recent)
+        values |= self.ranks.means({k: v for k, v in values.items() if not k.startswith("train/")})
         self.logger.write(self.step, values)
         warning = self.diagnostics.warning(values) if self.config.train.diagnostics else None
         if warning is not None:
@@ -248,7 +277,7 @@ class Trainer:
         settings = self.config.eval
         if self._eval_env is None:
             self._eval_env = builders.build_env(self.config.env, settings.num_envs, self.device)
-        return Evaluator(self._eval_env, settings.episodes, self.device).run(
+        return Evaluator(self._eval_env, settings.episodes, self.device, self.ranks).run(
             policy,
             first_seed,
             video=video if settings.video else None,
@@ -290,6 +319,8 @@ class Trainer:
             "updates": self.progress.updates,
             "seconds": round(time.monotonic() - self._opened, 1),
         }
+        if self.ranks.rank > 0:
+            return results
         path = self.run_dir / "results.json"
         path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         title = f"{self.config.env.name}, {self.config.algorithm.q_head_type}"

@@ -6,7 +6,7 @@ N parallel environments, T decisions in a trajectory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -215,6 +215,15 @@ class EpisodeStats:
         self.success_once.append(once)
         self.success_at_end.append(at_end)
         self.lengths.append(length)
+
+    @classmethod
+    def merged(cls, parts: Iterable[Mapping[str, list[Any]]]) -> EpisodeStats:
+        """The episodes of several loops, given as `vars(stats)` of each."""
+        whole = cls()
+        for part in parts:
+            for name, values in part.items():
+                getattr(whole, name).extend(values)
+        return whole
 
     def __len__(self) -> int:
         return len(self.returns)

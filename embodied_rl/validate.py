@@ -115,6 +115,7 @@ RANGES: dict[str, tuple[str, float, float, str]] = {
     "checkpoint_interval": ("[", 1, INF, ")"),
     "keep_checkpoints": ("[", 1, INF, ")"),
     "log_interval": ("[", 1, INF, ")"),
+    "rank_timeout": ("(", 0, INF, ")"),
     "threads": ("[", 1, 1024, "]"),
     "chunk_size": ("[", 1, 1000, "]"),
     "validation_fraction": ("[", 0, 1, ")"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,22 @@ class Ranks:
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return self  # process groups cannot be copied, nor need they be
 
+    def state_dict(self) -> dict[str, int]:
+        """How many there are."""
+        return {"world": self.world}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Checks that there are as many.
+
+        Raises:
+            ValueError: another number.
+        """
+        if state["world"] != self.world:
+            raise ValueError(
+                f"it was written by {state['world']} processes, this run has {self.world}; "
+                f"continue with torchrun --nproc_per_node={state['world']}."
+            )
+
     def gather(self, tensor: Tensor) -> Tensor:
         """Stacks a tensor of every rank, in order: [...] to [world, ...]; no gradient."""
         if self.world == 1:
@@ -37,6 +54,32 @@ class Ranks:
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
         dist.all_gather(parts, tensor.contiguous())
         return torch.stack(parts)
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """A JSON value of every rank, in order."""
+        if self.world == 1:
+            return [value]
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = self.gather(torch.tensor([len(own)])).flatten().tolist()
+        padded = torch.cat([own, own.new_zeros(max(lengths) - len(own))])
+        rows = self.gather(padded)
+        texts = [bytes(row[:n].tolist()) for row, n in zip(rows, lengths, strict=True)]
+        return [json.loads(text) for text in texts]
+
+    def all(self, flag: bool) -> bool:
+        """Whether it is true on every rank."""
+        return flag if self.world == 1 else all(self.gather_json(flag))
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on some rank."""
+        return flag if self.world == 1 else any(self.gather_json(flag))
+
+    def means(self, values: dict[str, float]) -> dict[str, float]:
+        """Means over the ranks that have a value of that name."""
+        everywhere = self.gather_json(values)
+        names = dict.fromkeys(name for each in everywhere for name in each)
+        found = {name: [each[name] for each in everywhere if name in each] for name in names}
+        return {name: sum(each) / len(each) for name, each in found.items()}
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
         """Replaces tensors by their means over the ranks, in one message for each dtype."""

@@ -1,0 +1,138 @@
+"""Whole runs over several processes: `torchrun` on the fake environment, gloo, a CPU."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import load_file
+
+from embodied_rl.builders import share
+from embodied_rl.distributed import Ranks
+from embodied_rl.errors import UserError
+from embodied_rl.metrics import read_records
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT = 300
+WORDS = (
+    *TINY,
+    "env.num_envs=4",
+    "env.max_episode_steps=10",
+    "algorithm.update_epoch=4",
+    "rollout.steps=8",
+    "eval.episodes=5",
+    "eval.num_envs=2",
+    "eval.interval=160",
+    "train.log_interval=64",
+    "train.checkpoint_interval=32",
+)
+
+
+def start(folder: Path, world: int, *words: str) -> subprocess.Popen:
+    """Starts a run of `world` processes in an empty folder."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.Popen(
+        [*launcher, f"--nproc_per_node={world}", "-m", "embodied_rl.train", *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(folder: Path, world: int, *words: str) -> str:
+    """Runs to the end; returns what was printed."""
+    run = start(folder, world, *words)
+    printed = run.communicate(timeout=TIMEOUT)[0]
+    assert run.returncode == 0, printed[-3000:]
+    return printed
+
+
+def learner(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the learner in the newest checkpoint, by name."""
+    tensors = load_file(folder / "checkpoints" / "last" / "state.safetensors")
+    return {name: t for name, t in tensors.items() if "/sac/" in name}
+
+
+def comparable(run: Path) -> list[dict]:
+    """The records of a run without what the clock decides."""
+    records = read_records(run / "metrics.jsonl")
+    return [{k: v for k, v in r.items() if not k.startswith("speed/")} for r in records]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two processes: its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("ranks")
+    printed = finish(folder, 2, *WORDS, "train.total_steps=320", "run_dir=run")
+    return folder / "run", printed
+
+
+@pytest.mark.dist
+def test_two_processes_are_one_run(finished):
+    """Equal weights, disjoint episodes, one record of everything."""
+    run, printed = finished
+    assert printed.count("finetuning") == 1 and "2 processes" in printed
+    first, second = learner(run), learner(run / "ranks" / "1")
+    assert first and first.keys() == second.keys()
+    assert all(torch.equal(t, second[name]) for name, t in first.items())
+    records = read_records(run / "metrics.jsonl")
+    assert all(math.isfinite(v) for r in records for v in r.values())
+    assert [r["step"] for r in records if "eval/return" in r] == [0, 160, 320]
+    results = json.loads((run / "results.json").read_text())
+    assert results["env_steps"] == 320 and results["episodes"] == 5
+    # every share of five episodes is a multiple of .2, of either rank's alone it is not
+    share_of_success = 5 * results["final"]["success_once"]
+    assert share_of_success == pytest.approx(round(share_of_success))
+    own = run / "ranks" / "1"
+    assert (own / "replay").is_dir() and not (own / "metrics.jsonl").exists()
+
+
+@pytest.mark.dist
+def test_killed_rank_ends_the_run_and_resume_continues_exactly(finished, tmp_path):
+    """SIGKILL of one rank; resumed, the run is the one that was never interrupted."""
+    whole, _ = finished
+    words = (*WORDS, "train.total_steps=320", "run_dir=run")
+    run = start(tmp_path, 2, *words)
+    deadline = time.monotonic() + TIMEOUT
+    while not (tmp_path / "run" / "checkpoints" / "step_000000128").exists():
+        assert time.monotonic() < deadline and run.poll() is None
+        time.sleep(0.05)
+    found = subprocess.run(
+        ["pgrep", "-P", str(run.pid), "-f", "embodied_rl.train"], capture_output=True, text=True
+    )
+    os.kill(int(found.stdout.split()[1]), signal.SIGKILL)
+    printed = run.communicate(timeout=60)[0]
+    assert run.returncode != 0 and "Signal 9" in printed
+    printed = finish(tmp_path, 2, "resume=run")
+    assert "resuming" in printed
+    assert comparable(tmp_path / "run") == comparable(whole)
+    first, second = learner(tmp_path / "run"), learner(whole)
+    assert all(torch.equal(t, second[name]) for name, t in first.items())
+
+
+@pytest.mark.unit
+def test_shares(make_config):
+    ranks = Ranks()
+    ranks.world, ranks.rank = 2, 1
+    config = make_config("env.num_envs=4", "eval.num_envs=2", "algorithm.batch_size=16")
+    part = share(config, ranks)
+    assert (part.env.num_envs, part.eval.num_envs, part.algorithm.batch_size) == (2, 1, 8)
+    assert part.seed != config.seed and config.env.num_envs == 4
+    for word, name in (
+        ("env.num_envs=3", "env.num_envs=3"),
+        ("eval.num_envs=1", "eval.num_envs=1"),
+        ("algorithm.batch_size=2", "algorithm.batch_size=2"),
+    ):
+        words = {"env.num_envs": 4, "eval.num_envs": 2, "algorithm.batch_size": 16}
+        words |= dict([word.split("=")])
+        with pytest.raises(UserError, match=f"{name} cannot be shared by 2 processes"):
+            share(make_config(*(f"{k}={v}" for k, v in words.items())), ranks)
