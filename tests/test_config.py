@@ -421,6 +421,7 @@ OUTSIDE_THE_TRAINER = {
     "run_dir",
     "resume",
     "train.threads",
+    "train.rank_timeout",
     "env.num_envs",
     "env.render_size",
     "env.sim_backend",
