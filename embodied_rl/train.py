@@ -29,7 +29,7 @@ def main(args: list[str]) -> int:
     import torch  # after the arguments were checked: a typo should not wait for imports
 
     from embodied_rl import builders
-    from embodied_rl.distributed import join, leave
+    from embodied_rl.distributed import join, leave, train_command
     from embodied_rl.policy import find_policy
     from embodied_rl.stopping import StopRequest
     from embodied_rl.trainer import Trainer
@@ -69,17 +69,11 @@ def main(args: list[str]) -> int:
     leave()
     if results is None:
         if first:
-            print(f"stopped; continue with: {_command(ranks.world)} resume={run_dir}")
+            print(f"stopped; continue with: {train_command(ranks.world)} resume={run_dir}")
         return stop.exit_code
     if first:
         _report(results, run_dir, config.eval.metric)
     return 0
-
-
-def _command(world: int) -> str:
-    """What starts a run of as many processes."""
-    several = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
-    return f"{several} -m embodied_rl.train"
 
 
 def _read(args: list[str]) -> tuple[Config, set[str]]:

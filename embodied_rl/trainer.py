@@ -14,7 +14,7 @@ from embodied_rl.checkpoint import BEST, LAST, POLICY, Checkpoints
 from embodied_rl.collector import Collector
 from embodied_rl.config import Config
 from embodied_rl.diagnostics import Diagnostics
-from embodied_rl.distributed import Ranks
+from embodied_rl.distributed import Ranks, train_command
 from embodied_rl.errors import RunStopped
 from embodied_rl.evaluator import Evaluation, Evaluator
 from embodied_rl.generators import Generators
@@ -161,9 +161,10 @@ class Trainer:
         last = self.checkpoints.last
         if last is None:
             return "There is no checkpoint yet."
+        whole_run = self.run_dir if self.ranks.rank == 0 else self.run_dir.parent.parent
         return (
             f"The last good checkpoint, {last}, is intact; to continue from it: "
-            f"python -m embodied_rl.train resume={self.run_dir}"
+            f"{train_command(self.ranks.world)} resume={whole_run}"
         )
 
     def _start(self) -> None:

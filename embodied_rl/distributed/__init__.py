@@ -4,8 +4,16 @@ The only place that may import accelerate, deepspeed or torch.distributed.
 """
 
 from embodied_rl.distributed.ddp import DdpEngine
-from embodied_rl.distributed.launch import join, leave
+from embodied_rl.distributed.launch import join, leave, train_command
 from embodied_rl.distributed.local import LocalEngine, LocalTrainable
 from embodied_rl.distributed.ranks import Ranks
 
-__all__ = ["DdpEngine", "LocalEngine", "LocalTrainable", "Ranks", "join", "leave"]
+__all__ = [
+    "DdpEngine",
+    "LocalEngine",
+    "LocalTrainable",
+    "Ranks",
+    "join",
+    "leave",
+    "train_command",
+]

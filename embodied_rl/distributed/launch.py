@@ -47,6 +47,12 @@ def join(device: str, timeout: float) -> tuple[Ranks, str]:
     return Ranks(), device
 
 
+def train_command(world: int) -> str:
+    """What starts training with as many processes."""
+    several = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
+    return f"{several} -m embodied_rl.train"
+
+
 def leave() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
