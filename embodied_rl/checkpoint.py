@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ MIN_READER_VERSION = 3  # oldest reader that understands it; raised when those w
 OLDEST_READABLE = 3
 STATE, TENSORS, POLICY = "state.json", "state.safetensors", "policy"
 LAST, BEST = "last", "best"
+CHECKPOINTS = "checkpoints"  # folder of them in a run folder
 SET_ASIDE = "damaged_"  # prefix of checkpoints that did not match their manifest
 
 
@@ -59,7 +60,7 @@ class Checkpoints:
         Raises:
             UserError: the disk is full or the folder cannot be written; older ones stay.
         """
-        final = self.folder / f"step_{step:09d}"
+        final = self.folder / step_name(step)
         temporary = self.folder / f".{final.name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         try:
@@ -135,12 +136,12 @@ class Checkpoints:
                 ahead.append(folder)
                 continue
             try:
-                state, step = _read(folder)
+                state, step = read_checkpoint(folder)
             except Damaged as error:
                 self.problems.append(f"{folder.name} is damaged and was not used: {error}.")
                 damaged.append(folder)
                 continue
-            self._load(state, folder)
+            self._load(state, folder, self.parts)
             self._after_fallback(folder, damaged)
             for path in ahead:
                 shutil.rmtree(path)
@@ -151,10 +152,18 @@ class Checkpoints:
             "resume=)."
         )
 
-    def _load(self, state: dict[str, Any], folder: Path) -> None:
+    def adopt(self, state: dict[str, Any], source: Path) -> None:
+        """Loads the parts that `state` has, which came from `source`.
+
+        Raises:
+            UserError: they do not fit.
+        """
+        self._load(state, source, [name for name in self.parts if name in state])
+
+    def _load(self, state: dict[str, Any], folder: Path, names: Iterable[str]) -> None:
         try:
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
+            for name in names:
+                self.parts[name].load_state_dict(state[name])
         except (RuntimeError, KeyError, ValueError) as error:
             raise UserError(
                 f"{folder} does not fit this config: {error} A run continues with the networks, "
@@ -197,7 +206,23 @@ class Checkpoints:
                 shutil.rmtree(folder)
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], int]:
+def step_name(step: int) -> str:
+    """Name of the checkpoint of a step."""
+    return f"step_{step:09d}"
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest undamaged checkpoint in a run's `checkpoints` folder; None where there is none."""
+    for path in sorted(folder.glob("step_*"), reverse=True):
+        try:
+            verify_manifest(path)
+            return path
+        except Damaged:
+            continue
+    return None
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, Any], int]:
     """Returns the state and the step of one checkpoint.
 
     Raises:

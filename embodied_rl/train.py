@@ -28,7 +28,7 @@ def main(args: list[str]) -> int:
 
     import torch  # after the arguments were checked: a typo should not wait for imports
 
-    from embodied_rl import builders
+    from embodied_rl import builders, elastic
     from embodied_rl.distributed import join, leave, train_command
     from embodied_rl.policy import find_policy
     from embodied_rl.stopping import StopRequest
@@ -39,7 +39,8 @@ def main(args: list[str]) -> int:
     part = builders.share(config, ranks)
     first = ranks.rank == 0
     run_dir = Path(ranks.gather_json(str(run_dir))[0])  # its name may hold the time of day
-    own_dir = run_dir if first else run_dir / "ranks" / str(ranks.rank)
+    own_dir = elastic.own_folder(run_dir, ranks.rank, ranks.world)
+    deal = elastic.deal(run_dir, ranks, config.seed) if resume else None
     torch.manual_seed(config.seed)  # the same networks everywhere
     device = builders.build_device(device_name)
     for key in without_effect(config, given) if first else []:
@@ -59,7 +60,16 @@ def main(args: list[str]) -> int:
                 recorded = dataclasses.replace(config, run_dir=None, resume=None)
                 save_config(recorded, run_dir / "config.yaml")
             trainer = Trainer(
-                part, own_dir, env, policy, device, stop, seed=config.seed, ranks=ranks
+                part,
+                run_dir if first else own_dir,
+                env,
+                policy,
+                device,
+                stop,
+                seed=config.seed,
+                ranks=ranks,
+                replay_dir=own_dir / elastic.REPLAY,
+                deal=deal,
             )
             if not first:
                 torch.manual_seed(part.seed)  # noise of its own

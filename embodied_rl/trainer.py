@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from embodied_rl import builders
-from embodied_rl.checkpoint import BEST, LAST, POLICY, Checkpoints
+from embodied_rl.checkpoint import BEST, CHECKPOINTS, LAST, POLICY, Checkpoints
 from embodied_rl.collector import Collector
 from embodied_rl.config import Config
 from embodied_rl.diagnostics import Diagnostics
 from embodied_rl.distributed import Ranks, train_command
+from embodied_rl.elastic import Deal
 from embodied_rl.errors import RunStopped
 from embodied_rl.evaluator import Evaluation, Evaluator
 from embodied_rl.generators import Generators
@@ -39,6 +40,8 @@ class Trainer:
         stop: asked after every iteration.
         seed: of the training episodes; None: the config's.
         ranks: processes that train together, each with its own trainer.
+        replay_dir: where this process's replay is; None: in the run folder.
+        deal: what a resume by another number of processes begins with.
     """
 
     def __init__(
@@ -52,14 +55,18 @@ class Trainer:
         *,
         seed: int | None = None,
         ranks: Ranks | None = None,
+        replay_dir: Path | None = None,
+        deal: Deal | None = None,
     ) -> None:
+        self.deal = deal
         self.ranks = Ranks() if ranks is None else ranks
         self.config, self.run_dir, self.env, self.policy = config, run_dir, env, policy
         self.device, self.stop = device, stop
         q_head = builders.build_q_head(config, policy, device)
         self.sac = builders.build_sac(config, policy, q_head, device, lambda m: self.logger.say(m))
         self.averaged = policy.with_actor(self.sac.average.module)
-        self.replay = builders.build_replay(config, policy, run_dir / "replay", device)
+        folder = run_dir / "replay" if replay_dir is None else replay_dir
+        self.replay = builders.build_replay(config, policy, folder, device)
         self.guard = Guard(run_dir / "failure", enabled=config.train.guard)
         self.collector = Collector(
             env,
@@ -83,7 +90,7 @@ class Trainer:
         self._improved = False
         self._eval_env: VecEnv | None = None
         self.checkpoints = Checkpoints(
-            run_dir / "checkpoints",
+            run_dir / CHECKPOINTS,
             {
                 "sac": self.sac,
                 "replay": self.replay,
@@ -115,18 +122,25 @@ class Trainer:
         Raises:
             RunStopped: broken numbers, or simulators that keep dying; names the last checkpoint.
         """
-        begun = resume and not self.ranks.any(self.checkpoints.empty)
-        if begun:
+        begun = self.deal is not None or (resume and not self.ranks.any(self.checkpoints.empty))
+        if self.deal is not None:
+            self._take(self.deal)
+        elif begun:
             self.checkpoints.restore(self._common_steps())
             if self.checkpoints.best is None:  # damaged: the next evaluation is the best one again
                 self.progress.best_score = None
         self.logger.open(self.step)
         self._opened = time.monotonic() - self.progress.seconds
+        if self.deal is not None:
+            self._save()
+            if self.ranks.rank == 0:
+                self.deal.clear()
         if resume and not begun:
             self.logger.say("the run ended before its first checkpoint: it begins anew")
         for problem in [
             *self.checkpoints.problems,
             *(f"replay: {p}" for p in self.replay.problems),
+            *(f"replay: {p}" for p in (self.deal.problems if self.deal else ())),
         ]:
             self.logger.say(f"warning: {problem}")
         try:
@@ -156,6 +170,14 @@ class Trainer:
             return None
         everywhere = self.ranks.gather_json(self.checkpoints.whole())
         return set.intersection(*(set(steps) for steps in everywhere))
+
+    def _take(self, deal: Deal) -> None:
+        """Begins where a run of another number of processes stopped."""
+        self.checkpoints.adopt(deal.parts(), deal.run_dir)
+        for trajectory in deal.trajectories():
+            self.replay.add(trajectory)
+        deal.reseed()
+        deal.hand_over_best(self.checkpoints.folder)
 
     def _way_on(self) -> str:
         last = self.checkpoints.last
@@ -288,7 +310,11 @@ class Trainer:
     def _save(self) -> None:
         self.progress.seconds = time.monotonic() - self._opened
         self.guard.check_state(self.step, self.sac.state_dict())
+        if self.ranks.rank == 0:
+            self.ranks.meet()  # the first one's checkpoint stands for all: it comes last
         self.checkpoints.save(self.step, self.averaged, best=self._improved)
+        if self.ranks.rank > 0:
+            self.ranks.meet()
         self._improved = False
 
     def _finish(self) -> dict[str, Any]:

@@ -35,6 +35,7 @@ LAYERS = (
         "collector",
         "evaluator",
         "checkpoint",
+        "elastic",
         "generators",
         "metrics",
         "progress",

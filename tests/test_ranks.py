@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from conftest import TINY
 from safetensors.torch import load_file
 
 from embodied_rl.builders import share
+from embodied_rl.checkpoint import read_checkpoint
 from embodied_rl.distributed import Ranks
 from embodied_rl.errors import UserError
 from embodied_rl.metrics import read_records
+from embodied_rl.replay.reader import read_all
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 300
@@ -81,7 +84,7 @@ def test_two_processes_are_one_run(finished):
     """Equal weights, disjoint episodes, one record of everything."""
     run, printed = finished
     assert printed.count("finetuning") == 1 and "2 processes" in printed
-    first, second = learner(run), learner(run / "ranks" / "1")
+    first, second = learner(run), learner(run / "ranks" / "1_of_2")
     assert first and first.keys() == second.keys()
     assert all(torch.equal(t, second[name]) for name, t in first.items())
     records = read_records(run / "metrics.jsonl")
@@ -92,7 +95,7 @@ def test_two_processes_are_one_run(finished):
     # every share of five episodes is a multiple of .2, of either rank's alone it is not
     share_of_success = 5 * results["final"]["success_once"]
     assert share_of_success == pytest.approx(round(share_of_success))
-    own = run / "ranks" / "1"
+    own = run / "ranks" / "1_of_2"
     assert (own / "replay").is_dir() and not (own / "metrics.jsonl").exists()
 
 
@@ -117,6 +120,54 @@ def test_killed_rank_ends_the_run_and_resume_continues_exactly(finished, tmp_pat
     assert comparable(tmp_path / "run") == comparable(whole)
     first, second = learner(tmp_path / "run"), learner(whole)
     assert all(torch.equal(t, second[name]) for name, t in first.items())
+
+
+def stored(folder: Path) -> list[tuple[float, ...]]:
+    """What tells the trajectories of a replay apart, sorted."""
+    kept = [t.fields["obs.state"].flatten().tolist() for t in read_all(folder)]
+    return sorted(tuple(values) for values in kept)
+
+
+@pytest.mark.dist
+def test_resumes_with_fewer_and_with_more_processes(tmp_path):
+    """2 -> 1 -> 2: learner and counters go on, every trajectory and episode has one owner."""
+    run = tmp_path / "run"
+    finish(tmp_path, 2, *WORDS, "train.total_steps=160", "run_dir=run")
+    before, progress = learner(run), state(run, "progress")
+    shards = [run / "ranks" / f"{r}_of_2" for r in range(2)]
+    experience = sorted(t for shard in shards for t in stored(shard / "replay"))
+    episodes = [state(run, "collector"), state(shards[1], "collector")]
+    whole = tmp_path / "whole"
+    shutil.copytree(run, whole, symlinks=True)
+
+    finish(tmp_path, 1, "resume=run", "train.total_steps=160")
+    after = learner(run)
+    assert all(torch.equal(after[name], t) for name, t in before.items())
+    assert state(run, "progress")["updates"] == progress["updates"] > 0
+    assert stored(run / "replay") == experience
+    alone = state(run, "collector")
+    assert alone["numbers"] == [n for e in episodes for n in e["numbers"]]
+    assert alone["env_steps"] == 160 and not list((run / "ranks").iterdir())
+
+    finish(tmp_path, 2, "resume=run", "train.total_steps=224")
+    again = sorted(t for shard in shards for t in stored(shard / "replay"))
+    assert set(experience) < set(again) and len(set(again)) == len(again)
+    counts = [len(stored(shard / "replay")) for shard in shards]
+    assert abs(counts[0] - counts[1]) <= 4 and not (run / "replay").exists()
+    assert all(torch.equal(t, learner(shards[1])[name]) for name, t in learner(run).items())
+    records = read_records(run / "metrics.jsonl")
+    assert [r["step"] for r in records if "train/updates" in r] == [64, 128, 160, 192, 224]
+
+    shutil.rmtree(whole / "ranks" / "1_of_2")
+    refused = start(tmp_path, 1, "resume=whole", "train.total_steps=224")
+    printed = refused.communicate(timeout=TIMEOUT)[0]
+    assert refused.returncode != 0
+    assert "of rank 1 of 2, is missing or damaged" in printed and "bring the folders" in printed
+
+
+def state(folder: Path, part: str) -> dict:
+    """One part of the newest checkpoint."""
+    return read_checkpoint((folder / "checkpoints" / "last").resolve())[0][part]
 
 
 @pytest.mark.unit

@@ -74,6 +74,10 @@ class Ranks:
         """Whether it is true on some rank."""
         return flag if self.world == 1 else any(self.gather_json(flag))
 
+    def meet(self) -> None:
+        """Waits until every rank is here."""
+        self.gather_json(None)
+
     def means(self, values: dict[str, float]) -> dict[str, float]:
         """Means over the ranks that have a value of that name."""
         everywhere = self.gather_json(values)

@@ -61,7 +61,11 @@ class VecEnv(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """What `resume` needs to come back to where every environment is (not inside a step)."""
+        """What `resume` needs to come back to where every environment is (not inside a step).
+
+        Lists and tensors with a row for each environment, or dictionaries of such, so that a run
+        can go on with its environments spread over another number of processes.
+        """
 
     @abstractmethod
     def resume(self, state: dict[str, Any], next_seeds: Sequence[int]) -> tuple[Obs, Tensor]:
