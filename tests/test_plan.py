@@ -108,7 +108,7 @@ def test_an_update_is_the_real_one(head, actor, make_batch):
     """Operations, kernels and peak memory of a real update on the CPU, optimiser included."""
     words = (f"algorithm.q_head_type={head}", f"actor.type={actor}", "algorithm.policy_delay=1")
     found = planned(*words)
-    config = read(*words)
+    config = read(*words, "train.compile=never")
     policy = builders.build_policy(config, found.draft.sketch.spec, CPU)
     sac = builders.build_sac(config, policy, builders.build_q_head(config, policy, CPU), CPU)
     batch = make_batch(B, D, 1, A)

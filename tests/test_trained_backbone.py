@@ -54,6 +54,7 @@ def learner(folder, make_config, spec, *overrides):
     return policy, sac
 
 
+@pytest.mark.usefixtures("kept_gradients")
 @pytest.mark.parametrize("head", ["crossq", "default"])
 @pytest.mark.parametrize("how", ["full", "lora", "last"])
 def test_pieces_give_the_gradient_of_the_whole(folder, make_config, spec, head, how):
