@@ -144,10 +144,11 @@ class Deal:
         for reader in readers:
             reader.close()
 
-    def reseed(self) -> None:
-        """Gives the process its generators."""
+    @property
+    def noise_seed(self) -> int:
+        """Of this process's generators from here on."""
         words = [self.seed, self.ranks.world, self.ranks.rank, self.step]
-        torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
+        return int(np.random.SeedSequence(words).generate_state(1)[0])
 
     def hand_over_best(self, folder: Path) -> None:
         """Puts the best checkpoint where this process keeps its own."""

@@ -71,8 +71,8 @@ def main(args: list[str]) -> int:
                 replay_dir=own_dir / elastic.REPLAY,
                 deal=deal,
             )
-            if not first:
-                torch.manual_seed(part.seed)  # noise of its own
+            if deal is not None or not first:  # noise of its own; a checkpoint brings its own
+                torch.manual_seed(part.seed if deal is None else deal.noise_seed)
             results = trainer.run(resume=resume)
     finally:
         env.close()

@@ -176,7 +176,6 @@ class Trainer:
         self.checkpoints.adopt(deal.parts(), deal.run_dir)
         for trajectory in deal.trajectories():
             self.replay.add(trajectory)
-        deal.reseed()
         deal.hand_over_best(self.checkpoints.folder)
 
     def _way_on(self) -> str:
