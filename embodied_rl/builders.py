@@ -190,6 +190,11 @@ def build_sac(
     trained = policy.trained_parameters()
     backbone = TrainedBackbone(policy.backbone, trained, engine, config.policy) if trained else None
     plain = backbone is not None or ranks.world > 1
+    if plain and config.train.compile == "always":
+        print(
+            "note: train.compile=always has no effect: updates that train a backbone, and those "
+            "of several processes, are not compiled"
+        )
     compile = None if plain else build_compile(config, say)
     sac = SAC(policy.actor, q_head, temperature, engine, config, backbone, compile)
     if policy.actor.base_samples > 1:  # after its copy for averaging was made

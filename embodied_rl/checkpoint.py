@@ -19,8 +19,8 @@ from embodied_rl.manifest import Damaged, sync, verify_manifest, write_manifest
 from embodied_rl.policy import Policy
 
 FORMAT = "embodied_rl.checkpoint"
-VERSION = 3  # of what this code writes; raised with every change of the state
-MIN_READER_VERSION = 3  # oldest reader that understands it; raised when those would go wrong
+VERSION = 4  # of what this code writes; raised with every change of the state
+MIN_READER_VERSION = 4  # oldest reader that understands it; raised when those would go wrong
 OLDEST_READABLE = 3
 STATE, TENSORS, POLICY = "state.json", "state.safetensors", "policy"
 LAST, BEST = "last", "best"
@@ -236,7 +236,9 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], int]:
             raise ValueError(f"{STATE} is of another format: {document['format']!r}")
         _check_version(folder, document)
         tensors = load_file(folder / TENSORS)
-        return _join(document["state"], tensors), int(document["step"])
+        state = _join(document["state"], tensors)
+        state.setdefault("ranks", {"world": 1})  # version 3 knew of one process only
+        return state, int(document["step"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise Damaged(f"{type(error).__name__}: {error}") from None
 
