@@ -269,6 +269,8 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     run_dir: Optional[str] = None  # null: runs/<task>_<head>_s<seed>_<time>
     resume: Optional[str] = None  # a run folder to continue
+    # whether to continue the run in `run_dir` if there is one: for commands that schedulers repeat
+    auto_resume: bool = False
     env: EnvConfig = field(default_factory=EnvConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     actor: ActorConfig = field(default_factory=ActorConfig)

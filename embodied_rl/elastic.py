@@ -34,11 +34,17 @@ def deal(run_dir: Path, ranks: Ranks, seed: int) -> Deal | None:
     What an earlier attempt at this left behind is deleted.
     """
     folder = newest(run_dir / CHECKPOINTS)
-    if folder is None:  # a resume by as many says why
+    found = None if folder is None else read_checkpoint(folder)
+    worlds = ranks.gather_json(None if found is None else found[0]["ranks"]["world"])
+    if worlds[0] in (None, ranks.world):  # a resume by as many says what is missing
         return None
-    state, step = read_checkpoint(folder)
-    if state["ranks"]["world"] == ranks.world:
-        return None
+    if found is None:
+        raise UserError(
+            f"rank {ranks.rank} finds no checkpoint in {run_dir / CHECKPOINTS}, and the run was of "
+            f"{worlds[0]} processes. To continue it with {ranks.world}, every machine needs the "
+            f"whole of {run_dir}: copy it there, or use a shared file system."
+        )
+    state, step = found
     dealt = Deal(run_dir, ranks, seed, state, step)
     own = own_folder(run_dir, ranks.rank, ranks.world)
     shutil.rmtree(own / REPLAY, ignore_errors=True)

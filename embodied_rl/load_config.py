@@ -17,6 +17,7 @@ from embodied_rl.validate import validate
 
 C = TypeVar("C")
 # mappings whose keys belong to somebody else
+CONFIG = "config.yaml"  # in a run folder: what it was started with
 FREE_FORM = ("env.kwargs", "env.instructions", "policy.cameras", "tune.cameras")
 
 
@@ -168,7 +169,7 @@ def load_run_config(run: Path, args: Sequence[str]) -> tuple[Config, set[str]]:
     Raises:
         UserError: the folder holds no recorded config.
     """
-    path = run / "config.yaml"
+    path = run / CONFIG
     if not path.is_file():
         raise UserError(f"resume={run}: no config.yaml there, so it is not a run folder.")
     return load_config(Config, args, base=path)

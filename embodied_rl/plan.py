@@ -10,7 +10,7 @@ from typing import Any
 from embodied_rl import cli
 from embodied_rl.config import PlanConfig
 from embodied_rl.errors import UserError
-from embodied_rl.load_config import load_config
+from embodied_rl.load_config import CONFIG, load_config
 
 IMAGE_SIZE, EPISODE_STEPS = 128, 50  # assumed where nothing tells; ManiSkill's table-top tasks
 JSON = "--json"
@@ -59,7 +59,7 @@ def _read(args: list[str]) -> PlanConfig:
     resumed = [a.partition("=")[2] for a in args if a.startswith("resume=")]
     if not resumed or resumed[-1] in ("", "null"):
         return load_config(PlanConfig, args)[0]
-    recorded = Path(resumed[-1]) / "config.yaml"
+    recorded = Path(resumed[-1]) / CONFIG
     if not recorded.is_file():
         raise UserError(f"resume={resumed[-1]}: no config.yaml there, so it is not a run folder.")
     return load_config(PlanConfig, args, base=recorded)[0]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from embodied_rl import cli
 from embodied_rl.config import Config
 from embodied_rl.errors import UserError
-from embodied_rl.load_config import load_config, load_run_config, save_config
+from embodied_rl.load_config import CONFIG, load_config, load_run_config, save_config
+
+if TYPE_CHECKING:
+    from embodied_rl.distributed import Ranks
 
 
 def main(args: list[str]) -> int:
@@ -38,6 +42,7 @@ def main(args: list[str]) -> int:
     ranks, device_name = join(config.device, config.train.rank_timeout)
     part = builders.share(config, ranks)
     first = ranks.rank == 0
+    _check_restart(ranks, resume, run_dir, config.auto_resume)
     run_dir = Path(ranks.gather_json(str(run_dir))[0])  # its name may hold the time of day
     own_dir = elastic.own_folder(run_dir, ranks.rank, ranks.world)
     deal = elastic.deal(run_dir, ranks, config.seed) if resume else None
@@ -57,8 +62,9 @@ def main(args: list[str]) -> int:
             own_dir.mkdir(parents=True, exist_ok=True)
             if first:
                 _announce(config, run_dir, device, resume, ranks.world)
-                recorded = dataclasses.replace(config, run_dir=None, resume=None)
-                save_config(recorded, run_dir / "config.yaml")
+            if first or not (run_dir / CONFIG).exists():  # on every machine
+                recorded = dataclasses.replace(config, run_dir=None, resume=None, auto_resume=False)
+                save_config(recorded, run_dir / CONFIG)
             trainer = Trainer(
                 part,
                 run_dir if first else own_dir,
@@ -88,9 +94,29 @@ def main(args: list[str]) -> int:
 
 def _read(args: list[str]) -> tuple[Config, set[str]]:
     resumed = [a.partition("=")[2] for a in args if a.startswith("resume=")]
-    if not resumed or resumed[-1] in ("", "null"):
-        return load_config(Config, args)
-    return load_run_config(Path(resumed[-1]), args)
+    if resumed and resumed[-1] not in ("", "null"):
+        return load_run_config(Path(resumed[-1]), args)
+    config, given = load_config(Config, args)
+    if config.auto_resume and (Path(config.run_dir or "") / CONFIG).is_file():
+        return load_run_config(Path(config.run_dir or ""), [*args, f"resume={config.run_dir}"])
+    return config, given
+
+
+def _check_restart(ranks: Ranks, resume: bool, run_dir: Path, auto: bool) -> None:
+    """Raises UserError where processes would not take up the same run."""
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if count != "0" and not (resume or auto):
+        raise UserError(
+            f"torchrun restarted the processes (restart {count}), and this command would begin "
+            "anew. Give it run_dir=<folder> and auto_resume=true, so that restarts continue."
+        )
+    resumes = ranks.gather_json(resume)
+    if len(set(resumes)) > 1:
+        without = [rank for rank, has in enumerate(resumes) if not has]
+        raise UserError(
+            f"ranks {without} of {ranks.world} find no run in {run_dir}, the others do. Bring the "
+            "run's folders back to their machines, or delete what is left of them."
+        )
 
 
 def _new_name(config: Config) -> str:

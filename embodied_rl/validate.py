@@ -274,6 +274,10 @@ def _check_together(config: Config) -> None:
         raise UserError(
             f"resume={config.resume} continues in its own folder; drop run_dir={config.run_dir}."
         )
+    if config.auto_resume and config.run_dir is None:
+        raise UserError(
+            "auto_resume=true continues the run in run_dir, and run_dir is null. Set run_dir."
+        )
     if config.actor.batch_renorm and config.actor.average_decay > 0:
         raise UserError(
             f"actor.batch_renorm=true with actor.average_decay={config.actor.average_decay}: "

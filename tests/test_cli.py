@@ -211,6 +211,19 @@ def test_sigkill_then_resume_completes(call, tmp_path):
     check_records(run, total)
 
 
+def test_the_same_command_goes_on(call, tmp_path):
+    """As a scheduler repeats it: begins, goes on where it was cut off, finds nothing left to do."""
+    words = (*FAST, "run_dir=run", "auto_resume=true")
+    begun = call("train", *words, "train.total_steps=128")
+    assert begun.returncode == 0 and "finetuning" in begun.stdout, begun.stderr
+    done = call("train", *words)
+    assert done.returncode == 0 and "resuming" in done.stdout, done.stderr
+    check_records(tmp_path / "run", 320)
+    restarted = call("train", *FAST, "run_dir=other", TORCHELASTIC_RESTART_COUNT="1")
+    assert restarted.returncode == 2 and "auto_resume=true" in restarted.stderr
+    assert not (tmp_path / "other").exists()
+
+
 def test_killed_before_the_first_checkpoint(call, finished, tmp_path):
     """The first evaluation takes a while: a run that died in it begins anew, and says so."""
     run = tmp_path / "run"

@@ -311,6 +311,7 @@ def test_wrong_type_names_the_key(override):
             ["replay_buffer.min_buffer_size=9", "replay_buffer.sample_window_size=8"],
         ),
         (["resume=a", "run_dir=b"], ["resume=a", "run_dir=b"]),
+        (["auto_resume=true"], ["auto_resume=true", "run_dir"]),
         (
             ["eval.seed=100", "eval.final_seed=150", "eval.episodes=51"],
             ["eval.seed=100", "eval.final_seed=150", "eval.episodes=51"],
@@ -420,6 +421,7 @@ OUTSIDE_THE_TRAINER = {
     "device",
     "run_dir",
     "resume",
+    "auto_resume",
     "train.threads",
     "train.rank_timeout",
     "env.num_envs",

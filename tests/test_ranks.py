@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -40,9 +41,14 @@ WORDS = (
 
 def start(folder: Path, world: int, *words: str) -> subprocess.Popen:
     """Starts a run of `world` processes in an empty folder."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    processes = ("--standalone", f"--nproc_per_node={world}")
+    return launch(folder, *processes, "-m", "embodied_rl.train", *words)
+
+
+def launch(folder: Path, *words: str) -> subprocess.Popen:
+    """Calls torchrun in a folder."""
     return subprocess.Popen(
-        [*launcher, f"--nproc_per_node={world}", "-m", "embodied_rl.train", *words],
+        [sys.executable, "-m", "torch.distributed.run", *words],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -120,6 +126,38 @@ def test_killed_rank_ends_the_run_and_resume_continues_exactly(finished, tmp_pat
     assert comparable(tmp_path / "run") == comparable(whole)
     first, second = learner(tmp_path / "run"), learner(whole)
     assert all(torch.equal(t, second[name]) for name, t in first.items())
+
+
+@pytest.mark.dist
+def test_machines_that_share_nothing_and_restart(finished, tmp_path):
+    """Two torchruns with folders of their own, as on two machines; one's process is killed.
+
+    Both restart theirs, and the same command goes on: the run is that of `finished`.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = f"--rdzv-endpoint=127.0.0.1:{free.getsockname()[1]}"
+    machines = [tmp_path / "a", tmp_path / "b"]
+    words = ("--nproc_per_node=1", "--nnodes=2", "--rdzv-backend=c10d", "--max-restarts=2")
+    settings = (*WORDS, "train.total_steps=320", "run_dir=run", "auto_resume=true")
+    runs = []
+    for machine in machines:
+        machine.mkdir()
+        runs.append(launch(machine, *words, meeting, "-m", "embodied_rl.train", *settings))
+    paths = [m / "run" / "ranks" / f"{r}_of_2" for r in (0, 1) for m in machines]
+    deadline = time.monotonic() + TIMEOUT
+    while not list(tmp_path.glob("*/run/checkpoints/step_000000128")):
+        assert time.monotonic() < deadline and runs[0].poll() is None
+        time.sleep(0.05)
+    found = subprocess.run(["pgrep", "-P", str(runs[1].pid)], capture_output=True, text=True)
+    os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
+    printed = [run.communicate(timeout=TIMEOUT)[0] for run in runs]
+    assert all(run.returncode == 0 for run in runs), "\n\n".join(printed)[-5000:]
+    assert "resuming" in printed[0] + printed[1]
+    first = machines[0] if (machines[0] / "run" / "metrics.jsonl").exists() else machines[1]
+    assert comparable(first / "run") == comparable(finished[0])
+    assert sum(path.is_dir() for path in paths) == 2, "each has the folders of its own rank only"
+    assert all((machine / "run" / "config.yaml").is_file() for machine in machines)
 
 
 def stored(folder: Path) -> list[tuple[float, ...]]:

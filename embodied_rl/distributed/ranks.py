@@ -68,11 +68,19 @@ class Ranks:
 
     def all(self, flag: bool) -> bool:
         """Whether it is true on every rank."""
-        return flag if self.world == 1 else all(self.gather_json(flag))
+        return self._count(flag) == self.world
 
     def any(self, flag: bool) -> bool:
         """Whether it is true on some rank."""
-        return flag if self.world == 1 else any(self.gather_json(flag))
+        return self._count(flag) > 0
+
+    def _count(self, flag: bool) -> int:
+        """On how many ranks it is true."""
+        if self.world == 1:
+            return int(flag)
+        count = torch.tensor(int(flag))
+        dist.all_reduce(count)
+        return int(count)
 
     def meet(self) -> None:
         """Waits until every rank is here."""

@@ -171,11 +171,11 @@ def _shared(meta: dict[str, Any]) -> dict[str, Any]:
 
 def _env(options: ExportOptions, given: set[str], path: Path, meta: dict[str, Any]) -> Any:
     """What the trajectories come from: the run's own config, then the store's, then `env` keys."""
-    from embodied_rl.load_config import load_run_config
+    from embodied_rl.load_config import CONFIG, load_run_config
 
     env = options.env
     named = {k.split(".")[1] for k in given if k.startswith("env.")}
-    run = next((p for p in (path, path.parent) if (p / "config.yaml").is_file()), None)
+    run = next((p for p in (path, path.parent) if (p / CONFIG).is_file()), None)
     if run is not None:
         recorded = load_run_config(run, [])[0].env
         env = dataclasses.replace(recorded, **{k: getattr(env, k) for k in named})
