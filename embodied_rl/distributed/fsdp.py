@@ -59,13 +59,10 @@ class Shard:
         bucket.set_reshard_after_backward(False)
         self._bucket = bucket
         self._sharded = [p for p in bucket.parameters() if isinstance(p, DTensor)]
+        bucket.unshard()  # its first one may move the parts to where they stay
         self.parts = [nn.Parameter(p.to_local().detach()) for p in self._sharded]
-        self._gather()
         for original, whole in zip(originals, bucket.parameters(), strict=True):
             original.data = whole.data.view(original.shape)
-
-    def _gather(self) -> None:
-        self._bucket.unshard()
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -88,7 +85,7 @@ class Shard:
     def publish(self) -> None:
         """Sends every part to all processes, into their weights."""
         self._bucket.reshard()
-        self._gather()
+        self._bucket.unshard()
 
     def mine(self, flat: Tensor) -> Tensor:
         """This process's part of what has a number for each of a parameter."""
