@@ -15,7 +15,7 @@ import torch
 from embodied_rl.compiling import Compiled
 from embodied_rl.config import Config, EnvConfig
 from embodied_rl.demonstrations import check_demos, find_demos, read_demos, with_features
-from embodied_rl.distributed import DdpEngine, LocalEngine, Ranks
+from embodied_rl.distributed import Ranks, choose_engine
 from embodied_rl.errors import UserError
 from embodied_rl.interfaces import QHead, ReplayBuffer, VecEnv
 from embodied_rl.judge import Judge
@@ -184,7 +184,7 @@ def build_sac(
         device
     )
     ranks = Ranks()
-    engine = LocalEngine() if ranks.world == 1 else DdpEngine(ranks)
+    engine = choose_engine(config.train, ranks).build(ranks)
     for module in (policy.actor, q_head):
         ranks.share_statistics(module)
     trained = policy.trained_parameters()

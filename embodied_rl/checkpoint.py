@@ -54,8 +54,16 @@ class Checkpoints:
         """Name of the best checkpoint, None where there is none or it was damaged."""
         return self._name_of(BEST)
 
-    def save(self, step: int, policy: Policy, *, best: bool) -> Path:
+    def save(
+        self, step: int, policy: Policy, *, best: bool, ready: dict[str, Any] | None = None
+    ) -> Path:
         """Writes a checkpoint; it appears whole or not at all.
+
+        Args:
+            step: environment steps so far.
+            policy: saved beside the state.
+            best: whether it is the best one so far.
+            ready: states of parts that are to be saved as they were when these were made.
 
         Raises:
             UserError: the disk is full or the folder cannot be written; older ones stay.
@@ -67,7 +75,9 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary.mkdir()
             tensors: dict[str, Tensor] = {}
-            tree = _split({k: p.state_dict() for k, p in self.parts.items()}, "", tensors)
+            ready = ready or {}
+            state = {k: ready[k] if k in ready else p.state_dict() for k, p in self.parts.items()}
+            tree = _split(state, "", tensors)
             save_file(tensors, temporary / TENSORS)
             document = {
                 "format": FORMAT,

@@ -256,6 +256,11 @@ class TrainConfig:
     # updates as compiled functions: auto (in runs of 20,000 updates and more) | always | never.
     # Compiling takes a minute or two; torch keeps the result for the next run with these sizes
     compile: str = "auto"
+    # several processes: auto (ddp, or what accelerate launch was told) | ddp | fsdp | deepspeed;
+    # the last two share out the optimiser's memory (docs/distributed.md)
+    engine: str = "auto"
+    zero_stage: Optional[int] = None  # deepspeed: 1 shares out moments, 2 gradients too; null: 2
+    offload_optimizer: bool = False  # fsdp, deepspeed: moments and their step in host memory
     # several processes (torchrun, accelerate launch): seconds until one that does not answer ends
     # the run; an evaluation or checkpoint of the others must fit in
     rank_timeout: float = 1_800.0

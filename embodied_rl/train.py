@@ -33,16 +33,19 @@ def main(args: list[str]) -> int:
     import torch  # after the arguments were checked: a typo should not wait for imports
 
     from embodied_rl import builders, elastic
-    from embodied_rl.distributed import join, leave, train_command
+    from embodied_rl.distributed import choose_engine, join, leave, train_command
     from embodied_rl.policy import find_policy
     from embodied_rl.stopping import StopRequest
     from embodied_rl.trainer import Trainer
 
     torch.set_num_threads(config.train.threads)
     ranks, device_name = join(config.device, config.train.rank_timeout)
+    engine = choose_engine(config.train, ranks)  # refuses early, before simulators start
     part = builders.share(config, ranks)
     first = ranks.rank == 0
     _check_restart(ranks, resume, run_dir, config.auto_resume)
+    if engine.note is not None:
+        print(f"note: {engine.note}")
     run_dir = Path(ranks.gather_json(str(run_dir))[0])  # its name may hold the time of day
     own_dir = elastic.own_folder(run_dir, ranks.rank, ranks.world)
     deal = elastic.deal(run_dir, ranks, config.seed) if resume else None
@@ -61,7 +64,7 @@ def main(args: list[str]) -> int:
             policy = builders.build_policy(config, env.spec, device)
             own_dir.mkdir(parents=True, exist_ok=True)
             if first:
-                _announce(config, run_dir, device, resume, ranks.world)
+                _announce(config, run_dir, device, resume, ranks.world, engine.name)
             if first or not (run_dir / CONFIG).exists():  # on every machine
                 recorded = dataclasses.replace(config, run_dir=None, resume=None, auto_resume=False)
                 save_config(recorded, run_dir / CONFIG)
@@ -134,9 +137,11 @@ def without_effect(config: Config, given: set[str]) -> list[str]:
     return sorted(unused)
 
 
-def _announce(config: Config, run_dir: Path, device: object, resume: bool, world: int) -> None:
+def _announce(
+    config: Config, run_dir: Path, device: object, resume: bool, world: int, engine: str
+) -> None:
     verb = "resuming" if resume else "finetuning"
-    where = f"{device}, {world} processes" if world > 1 else str(device)
+    where = f"{device}, {world} processes, {engine}" if world > 1 else str(device)
     print(
         f"{verb} {config.policy.path or 'a fresh policy'} on {config.env.name} with "
         f"q_head_type={config.algorithm.q_head_type} ({config.env.num_envs} environments, "

@@ -308,10 +308,11 @@ class Trainer:
 
     def _save(self) -> None:
         self.progress.seconds = time.monotonic() - self._opened
-        self.guard.check_state(self.step, self.sac.state_dict())
+        learner = self.sac.state_dict()  # on all processes at once: they may share out its parts
+        self.guard.check_state(self.step, learner)
         if self.ranks.rank == 0:
             self.ranks.meet()  # the first one's checkpoint stands for all: it comes last
-        self.checkpoints.save(self.step, self.averaged, best=self._improved)
+        self.checkpoints.save(self.step, self.averaged, best=self._improved, ready={"sac": learner})
         if self.ranks.rank > 0:
             self.ranks.meet()
         self._improved = False

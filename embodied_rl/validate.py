@@ -34,6 +34,7 @@ CHOICES: dict[str, list[str]] = {
     "algorithm.entropy_tuning.objective": ["alpha", "log_alpha"],
     "algorithm.replay_buffer.cache_device": ["auto", "cpu"],
     "train.compile": ["auto", "always", "never"],
+    "train.engine": ["auto", "ddp", "fsdp", "deepspeed"],
     "algorithm.replay_buffer.compression": ["none", "zstd"],
     "compression": ["none", "zstd"],
     "eval.metric": ["success_once", "success_at_end", "return"],
@@ -115,6 +116,7 @@ RANGES: dict[str, tuple[str, float, float, str]] = {
     "checkpoint_interval": ("[", 1, INF, ")"),
     "keep_checkpoints": ("[", 1, INF, ")"),
     "log_interval": ("[", 1, INF, ")"),
+    "zero_stage": ("[", 1, 3, "]"),  # 3 is refused later, with the reason
     "rank_timeout": ("(", 0, INF, ")"),
     "threads": ("[", 1, 1024, "]"),
     "chunk_size": ("[", 1, 1000, "]"),

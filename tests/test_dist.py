@@ -17,6 +17,7 @@ from embodied_rl.distributed import Ranks
 from embodied_rl.load_config import load_config
 from embodied_rl.policy import Policy
 from embodied_rl.registry import BACKBONES
+from embodied_rl.sac import SAC
 from embodied_rl.types import ArraySpec, Batch, EnvSpec
 
 pytestmark = pytest.mark.dist
@@ -31,11 +32,11 @@ def share(rank: int, world: int) -> slice:
     return slice(rank * size, (rank + 1) * size)
 
 
-def global_batch(policy: Policy, number: int, rows: slice) -> Batch:
+def global_batch(policy: Policy, number: int, rows: slice, kind: torch.dtype) -> Batch:
     rng = torch.Generator().manual_seed(100 + number)
 
     def draw(*shape):
-        return torch.randn(*shape, generator=rng, dtype=torch.float64)[rows]
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)[rows].to(kind)
 
     obs, following = {"state": 2 * draw(B, D) + 1}, {"state": 2 * draw(B, D) + 1}
     noise = torch.Generator().manual_seed(number)  # of the base action: not what is compared
@@ -44,19 +45,24 @@ def global_batch(policy: Policy, number: int, rows: slice) -> Batch:
         policy.backbone(following, 0, noise).detach(),
         torch.tanh(draw(B, H, A)),
         draw(B),
-        torch.full((B,), 0.9, dtype=torch.float64)[rows],
+        torch.full((B,), 0.9, dtype=kind)[rows],
         torch.zeros(B, dtype=torch.bool)[rows],
         obs,
     )
 
 
-def learn(words: list[str], rank: int, world: int, updates: int) -> dict[str, torch.Tensor]:
-    """Takes a process's share of every batch; returns the weights."""
+def make_learner(words: list[str], kind: torch.dtype) -> tuple[Policy, SAC]:
     config, _ = load_config(Config, words)
     torch.manual_seed(0)
-    policy = build_policy(config, SPEC, CPU).double()
-    sac = build_sac(config, policy, build_q_head(config, policy, CPU).double(), CPU)
-    rows, drawn = share(rank, world), torch.Generator().manual_seed(7)
+    policy = build_policy(config, SPEC, CPU).to(kind)
+    return policy, build_sac(config, policy, build_q_head(config, policy, CPU).to(kind), CPU)
+
+
+def take_updates(
+    policy: Policy, sac: SAC, rank: int, world: int, numbers: range, kind=torch.float64
+) -> None:
+    """Takes a process's share of every batch, numbered from 0, and of the noise."""
+    rows, drawn = share(rank, world), torch.Generator().manual_seed(7 + numbers.start)
 
     def randn_like(tensor: torch.Tensor) -> torch.Tensor:
         """Every rank draws the noise of the whole batch and takes its rows."""
@@ -65,8 +71,18 @@ def learn(words: list[str], rank: int, world: int, updates: int) -> dict[str, to
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randn_like", randn_like)
-        for number in range(updates):
-            sac.update(global_batch(policy, number, rows), env_steps=0)
+        for number in numbers:
+            sac.update(global_batch(policy, number, rows, kind), env_steps=0)
+
+
+def learn(words: list[str], rank: int, world: int, updates: int) -> dict[str, torch.Tensor]:
+    """Returns the weights after some updates."""
+    policy, sac = make_learner(words, torch.float64)
+    take_updates(policy, sac, rank, world, range(updates))
+    return all_weights(policy, sac)
+
+
+def all_weights(policy: Policy, sac: SAC) -> dict[str, torch.Tensor]:
     parts = {"actor": policy.actor, "q": sac.q_head, "temperature": sac.temperature}
     state = {f"{p}.{k}": v for p, m in parts.items() for k, v in m.state_dict().items()}
     state |= {f"backbone.{k}": v for k, v in policy.backbone.state_dict().items()}

@@ -3,16 +3,21 @@
 The only place that may import accelerate, deepspeed or torch.distributed.
 """
 
+from embodied_rl.distributed.choice import EngineChoice, choose_engine
 from embodied_rl.distributed.ddp import DdpEngine
 from embodied_rl.distributed.launch import join, leave, train_command
 from embodied_rl.distributed.local import LocalEngine, LocalTrainable
+from embodied_rl.distributed.optimised import Optimised
 from embodied_rl.distributed.ranks import Ranks
 
 __all__ = [
     "DdpEngine",
+    "EngineChoice",
     "LocalEngine",
     "LocalTrainable",
+    "Optimised",
     "Ranks",
+    "choose_engine",
     "join",
     "leave",
     "train_command",

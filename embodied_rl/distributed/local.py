@@ -9,24 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from embodied_rl.distributed.adam import adam
+from embodied_rl.distributed.optimised import Moments, Optimised, clipped
 from embodied_rl.interfaces import Trainable, UpdateEngine
-from embodied_rl.schedules import learning_rate
 
 
-class LocalTrainable(Trainable):
+class LocalTrainable(Optimised):
     """Parameters and their Adam optimiser on this process.
 
     All its tensors are there from the start, so that a compiled update can hold the step.
     """
 
     def __init__(self, name: str, parameters: Iterable[nn.Parameter], config: Any) -> None:
-        self.name = name
-        self.parameters = list(parameters)
-        self.config = config
-        # the temperature has neither betas nor weight decay of its own
-        full = hasattr(config, "betas")
-        self.betas: tuple[float, float] = tuple(config.betas) if full else (0.9, 0.999)
-        self.weight_decay: float = config.weight_decay if full else 0.0
+        super().__init__(name, parameters, config)
         device = self.parameters[0].device
         # torch's kernels read it in double precision on a CPU, in single on a GPU
         kind = torch.float64 if device.type == "cpu" else torch.float32
@@ -34,6 +28,12 @@ class LocalTrainable(Trainable):
         self.steps = [torch.zeros((), device=p.device) for p in self.parameters]
         self.exp_avgs = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
         self.exp_avg_sqs = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
+
+    def step(self, gradients: list[Tensor]) -> Tensor:
+        """Clips and takes one step; returns the norm before clipping."""
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.apply(clipped(gradients, norm, self.config.clip_grad))
+        return norm
 
     @torch.no_grad()
     def apply(self, gradients: list[Tensor]) -> None:
@@ -54,13 +54,12 @@ class LocalTrainable(Trainable):
         """The present one."""
         return float(self.rate)
 
-    def set_progress(self, progress: float) -> None:
-        """Sets the learning rate for the share of the run that is over."""
-        config = self.config
-        self.rate.fill_(learning_rate(config.lr_scheduler, config.lr, config.final_lr, progress))
+    def set_rate(self, rate: float) -> None:
+        """Sets the learning rate."""
+        self.rate.fill_(rate)
 
-    def state_dict(self) -> dict[int, dict[str, Tensor]]:
-        """Moments by parameter position, named as torch's optimisers name them."""
+    def state_dict(self) -> Moments:
+        """Moments by parameter position."""
         return {
             i: {"step": step, "exp_avg": mean, "exp_avg_sq": square}
             for i, (step, mean, square) in enumerate(
@@ -81,27 +80,24 @@ class LocalEngine(UpdateEngine):
     """One process, no averaging."""
 
     def __init__(self) -> None:
-        self._trainables: dict[str, LocalTrainable] = {}
+        self._trainables: dict[str, Optimised] = {}
 
-    def attach(self, name: str, parameters: Iterable[nn.Parameter], config: Any) -> LocalTrainable:
+    def attach(self, name: str, parameters: Iterable[nn.Parameter], config: Any) -> Optimised:
         """Builds an Adam optimiser over `parameters`."""
         if name in self._trainables:
             raise ValueError(f"{name!r} is attached already")
-        self._trainables[name] = LocalTrainable(name, parameters, config)
+        self._trainables[name] = self._optimise(name, list(parameters), config)
         return self._trainables[name]
+
+    def _optimise(self, name: str, parameters: list[nn.Parameter], config: Any) -> Optimised:
+        return LocalTrainable(name, parameters, config)
 
     def step(
         self, trainable: Trainable, loss: Tensor | Iterable[Tensor], inputs: Sequence[Tensor] = ()
     ) -> Tensor:
         """Backward into this trainable's own parameters and `inputs` only, clip, step."""
-        assert isinstance(trainable, LocalTrainable)
-        gradients = self._gradients(trainable, loss, inputs)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if trainable.config.clip_grad is not None:  # as torch.nn.utils.clip_grad_norm_
-            share = (trainable.config.clip_grad / (norm + 1e-6)).clamp(max=1.0)
-            gradients = [gradient * share for gradient in gradients]
-        trainable.apply(gradients)
-        return norm
+        assert isinstance(trainable, Optimised)
+        return trainable.step(self._gradients(trainable, loss, inputs))
 
     def _gradients(
         self, trainable: Trainable, loss: Tensor | Iterable[Tensor], inputs: Sequence[Tensor]

@@ -104,7 +104,7 @@ class UpdateEngine(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Optimiser moments by trainable."""
+        """Whole optimiser moments by trainable; all processes ask for them at the same time."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
