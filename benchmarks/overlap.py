@@ -4,9 +4,10 @@
     python benchmarks/overlap.py --cases vla --rounds 3 --ahead 2
     python benchmarks/overlap.py --cases state --words algorithm.update_epoch=64
 
-Each run is a whole `embodied_rl.train`, one after the other, in processes of its own (A: as ever,
-B: `rollout.asynchronous=true`). Rates are those that a run records itself (evaluations left out),
-after a share of its steps for compiling and filling; a round's ratio is B's rate over A's.
+Each run is a whole `embodied_rl.train` with processes of its own, one after another. A collects
+between updates, B has `rollout.asynchronous=true`. Rates are those that a run records itself
+(evaluations left out), after a share of its steps for compiling and filling; a round's ratio is B's
+rate over A's.
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ def collect(
         outbox.put({"spec": spec_to_json(env.spec)})
         ranks = Ranks()
         ranks.rank, ranks.world = rank, world
-        service = Service(config, env, place, seed, ranks, Guard(Path(failure), enabled=True))
-        service.obey(inbox, outbox)
+        guard = Guard(Path(failure), enabled=config.train.guard)
+        Service(config, env, place, seed, ranks, guard).obey(inbox, outbox)
     except RunStopped as error:
         outbox.confess(str(error), "stopped")
     except UserError as error:
@@ -173,7 +173,7 @@ class Service:
         device: where the policy lives.
         seed: of the run.
         ranks: which learner this one collects for.
-        guard: checks observations, rewards and actions where the config wants it.
+        guard: checks observations, rewards and actions.
     """
 
     def __init__(
@@ -186,7 +186,6 @@ class Service:
         guard: Guard,
     ) -> None:
         self.env, self.seed, self.ranks = env, seed, ranks
-        guard.enabled = config.train.guard
         self.policy = builders.build_policy(config, env.spec, device)
         builders.add_judge(config, self.policy, builders.build_q_head(config, self.policy, device))
         self.sink = Sink()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from embodied_rl.builders import build_env, build_policy
+from embodied_rl.builders import add_judge, build_env, build_policy, build_q_head
 from embodied_rl.channel import HANDLE, Channel
 from embodied_rl.checkpoint import read_checkpoint
 from embodied_rl.collecting_process import CollectingProcess, open_env
@@ -115,6 +115,36 @@ def test_weights_arrive_as_they_were_published(make_policy, extra):
     shared.publish(9)
     assert loaded.load() == 9
     assert all((tensor == 3).all() for tensor in moving(theirs).values())
+
+
+@pytest.mark.unit
+def test_judge_and_trained_backbone_are_published(make_config, flow_folder, spec):
+    """Whatever acting depends on and training moves: the collector acts as the learner would."""
+    words = (f"policy.path={flow_folder}", "policy.cache_features=false", "policy.trainable=lora")
+    config = make_config(*words, "actor.type=residual", "actor.candidates=3")
+    policies = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        policy = build_policy(config, spec, CPU)
+        add_judge(config, policy, build_q_head(config, policy, CPU))
+        for tensor in policy.trained_parameters():
+            torch.nn.init.normal_(tensor)
+        policies.append(policy)
+    ours, theirs = policies
+    owners = {name.partition(".")[0] for name in moving(ours)}
+    assert owners == {"actor", "judge", "backbone"}
+    obs = {"state": torch.randn(5, 4)}
+
+    def act(policy):
+        return policy.act(obs, generator=torch.Generator().manual_seed(1))
+
+    assert not torch.equal(act(ours), act(theirs))
+    shared = SharedWeights(ours)
+    shared.publish(1)
+    SharedWeights(theirs, shared.handle).load()
+    assert torch.equal(act(ours), act(theirs))
+    same = theirs.state_dict()
+    assert all(torch.equal(tensor, same[name]) for name, tensor in ours.state_dict().items())
 
 
 def load_until(pipe, config, spec, last: int) -> None:
