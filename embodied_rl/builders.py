@@ -50,8 +50,8 @@ ENV_KEYS = (
 COMPILE_FROM = 20_000  # updates of a run that train.compile=auto compiles: they win its time back
 
 
-def build_device(name: str) -> torch.device:
-    """Returns the device that `device=` names.
+def build_device(name: str, key: str = "device") -> torch.device:
+    """Returns the device that `device=`, or another key, names.
 
     Raises:
         UserError: an unknown name, or a GPU that is not there.
@@ -61,12 +61,10 @@ def build_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(
-            f"device={name!r} is not known. Allowed: auto, cpu, cuda, cuda:N."
-        ) from None
+        raise UserError(f"{key}={name!r} is not known. Allowed: auto, cpu, cuda, cuda:N.") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"device={name}: torch sees {torch.cuda.device_count()} GPUs. Use device=auto, or run "
+            f"{key}={name}: torch sees {torch.cuda.device_count()} GPUs. Use {key}=auto, or run "
             "python -m embodied_rl.doctor."
         )
     return device
@@ -197,13 +195,19 @@ def build_sac(
         )
     compile = None if plain else build_compile(config, say)
     sac = SAC(policy.actor, q_head, temperature, engine, config, backbone, compile)
-    if policy.actor.base_samples > 1:  # after its copy for averaging was made
-        described = Judge.describe(
-            config.critic, config.algorithm, policy.backbone.feature_dim, policy.actor.action_shape
-        )
-        policy.judge = Judge(q_head, described)
-        policy.actor.judge = policy.judge.forward
+    add_judge(config, policy, q_head)  # after its copy for averaging was made
     return sac
+
+
+def add_judge(config: Config, policy: Policy, q_head: QHead) -> None:
+    """Lets a policy whose actor chooses among several actions ask the critics; others do not."""
+    if policy.actor is None or policy.actor.base_samples <= 1:
+        return
+    described = Judge.describe(
+        config.critic, config.algorithm, policy.backbone.feature_dim, policy.actor.action_shape
+    )
+    policy.judge = Judge(q_head, described)
+    policy.actor.judge = policy.judge.forward
 
 
 def build_compile(

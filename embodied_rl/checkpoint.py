@@ -77,7 +77,7 @@ class Checkpoints:
             tensors: dict[str, Tensor] = {}
             ready = ready or {}
             state = {k: ready[k] if k in ready else p.state_dict() for k, p in self.parts.items()}
-            tree = _split(state, "", tensors)
+            tree = split_tensors(state, "", tensors)
             save_file(tensors, temporary / TENSORS)
             document = {
                 "format": FORMAT,
@@ -246,7 +246,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], int]:
             raise ValueError(f"{STATE} is of another format: {document['format']!r}")
         _check_version(folder, document)
         tensors = load_file(folder / TENSORS)
-        state = _join(document["state"], tensors)
+        state = join_tensors(document["state"], tensors)
         state.setdefault("ranks", {"world": 1})  # version 3 knew of one process only
         return state, int(document["step"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
@@ -265,28 +265,29 @@ def _check_version(folder: Path, document: dict[str, Any]) -> None:
         )
 
 
-def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def split_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """Moves the tensors of a nested state into `tensors`, leaving references."""
     if isinstance(value, Tensor):
         name = f"{len(tensors):05d}{path}"  # the number keeps names apart whatever the keys hold
         tensors[name] = value.detach().cpu().clone().contiguous()
         return {"$tensor": name}
     if isinstance(value, dict):
-        return {"$dict": [[k, _split(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
+        return {"$dict": [[k, split_tensors(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, list | tuple):
-        return [_split(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
+        return [split_tensors(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"{path}: {type(value).__name__} is neither a tensor nor a JSON value")
 
 
-def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
+def join_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Puts tensors back where `split_tensors` left references."""
     if isinstance(value, list):
-        return [_join(v, tensors) for v in value]
+        return [join_tensors(v, tensors) for v in value]
     if isinstance(value, dict):
         if "$tensor" in value:
             return tensors[value["$tensor"]]
-        return {k: _join(v, tensors) for k, v in value["$dict"]}
+        return {k: join_tensors(v, tensors) for k, v in value["$dict"]}
     return value
 
 

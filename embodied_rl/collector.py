@@ -13,7 +13,7 @@ from embodied_rl.config import RolloutConfig
 from embodied_rl.distributed import Ranks
 from embodied_rl.episode import Episode, Row
 from embodied_rl.guard import Guard
-from embodied_rl.interfaces import ReplayBuffer, VecEnv
+from embodied_rl.interfaces import TrajectorySink, VecEnv
 from embodied_rl.policy import Policy
 from embodied_rl.types import EpisodeStats, Features, Obs, StepResult, Trajectory
 
@@ -25,6 +25,14 @@ def episode_seed(run_seed: int, env: int, episode: int) -> int:
     """Seed of one training episode: a hash of run, environment and episode number."""
     words = np.random.SeedSequence([run_seed, env, episode]).generate_state(1)
     return TRAIN_SEEDS + int(words[0]) % TRAIN_SEEDS
+
+
+def check_environments(state: dict[str, Any], num_envs: int) -> None:
+    """Raises ValueError if a collector's state is of another number of environments."""
+    if len(state["numbers"]) != num_envs:
+        raise ValueError(
+            f"the checkpoint has {len(state['numbers'])} environments, env.num_envs is {num_envs}."
+        )
 
 
 class Collector:
@@ -55,7 +63,7 @@ class Collector:
         self,
         env: VecEnv,
         policy: Policy,
-        replay: ReplayBuffer,
+        replay: TrajectorySink,
         config: RolloutConfig,
         guard: Guard,
         *,
@@ -111,11 +119,16 @@ class Collector:
         self._numbers[env] += 1
         self._episodes[env] = Episode()
 
+    @property
+    def deciding(self) -> list[int]:
+        """Environments whose next step needs a new decision."""
+        return [i for i, episode in enumerate(self._episodes) if episode.undecided]
+
     @torch.no_grad()
     def begin(self) -> None:
         """Decides where a chunk is used up, and starts one environment step."""
         assert self._obs is not None, "call start() first"
-        deciding = [i for i, e in enumerate(self._episodes) if e.undecided]
+        deciding = self.deciding
         if deciding:
             obs = {k: v[deciding].to(self.device) for k, v in self._obs.items()}
             features = self.policy.encode(obs)
@@ -196,6 +209,14 @@ class Collector:
         stats, self.stats = self.stats, EpisodeStats()
         return stats
 
+    def settle(self) -> bool:
+        """Asks to stop at a point that can be saved; whether this is one, which it always is."""
+        return True
+
+    def pop_speed(self) -> dict[str, float]:
+        """Figures about collecting beside the learner since the last call: none here."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Counters, the episodes in progress and the latest finished ones."""
         return {
@@ -214,11 +235,7 @@ class Collector:
         Raises:
             ValueError: the state is of another number of environments.
         """
-        if len(state["numbers"]) != self.env.num_envs:
-            raise ValueError(
-                f"the checkpoint has {len(state['numbers'])} environments, env.num_envs is "
-                f"{self.env.num_envs}."
-            )
+        check_environments(state, self.env.num_envs)
         self.env_steps, self.dropped = state["env_steps"], state["dropped"]
         self.stats = EpisodeStats(**state["stats"])
         self.recent = deque((Trajectory(fields) for fields in state["recent"]), maxlen=RECENT)

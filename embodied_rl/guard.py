@@ -17,6 +17,7 @@ from torch import Tensor
 from embodied_rl.errors import RunStopped
 from embodied_rl.types import PREFIX, Batch, Features
 
+FOLDER = "failure"  # in a run folder
 PENDING = 8  # updates whose batches are held until their metrics are read
 
 

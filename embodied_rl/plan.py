@@ -98,6 +98,8 @@ def _notes(config: PlanConfig) -> list[str]:
         )
     if config.algorithm.demo.fraction > 0:
         notes.append("demonstrations, which stay in memory besides, are not counted")
+    if config.rollout.asynchronous:
+        notes.append("the collecting process holds the policy once more, which is not counted")
     if config.algorithm.replay_buffer.compression != "none":
         notes.append("replay on disk is counted uncompressed")
     return notes

@@ -33,6 +33,7 @@ def main(args: list[str]) -> int:
     import torch  # after the arguments were checked: a typo should not wait for imports
 
     from embodied_rl import builders, elastic
+    from embodied_rl.collecting_process import open_env
     from embodied_rl.distributed import choose_engine, join, leave, train_command
     from embodied_rl.policy import find_policy
     from embodied_rl.stopping import StopRequest
@@ -58,7 +59,7 @@ def main(args: list[str]) -> int:
     _, why_no_demos = builders.demo_folder(config)
     if why_no_demos is not None and first:
         print(f"note: {why_no_demos}")
-    env = builders.build_env(part.env, part.env.num_envs, device)
+    env = open_env(part, device, config.seed, ranks, run_dir if first else own_dir)
     try:
         with StopRequest() as stop:
             policy = builders.build_policy(config, env.spec, device)

@@ -11,6 +11,7 @@ import torch
 
 from embodied_rl import builders
 from embodied_rl.checkpoint import BEST, CHECKPOINTS, LAST, POLICY, Checkpoints
+from embodied_rl.collecting_process import CollectingProcess
 from embodied_rl.collector import Collector
 from embodied_rl.config import Config
 from embodied_rl.diagnostics import Diagnostics
@@ -19,11 +20,12 @@ from embodied_rl.elastic import Deal
 from embodied_rl.errors import RunStopped
 from embodied_rl.evaluator import Evaluation, Evaluator
 from embodied_rl.generators import Generators
-from embodied_rl.guard import Guard, Update
+from embodied_rl.guard import FOLDER, Guard, Update
 from embodied_rl.interfaces import VecEnv
 from embodied_rl.metrics import Logger, Means, plot_curve
 from embodied_rl.policy import Policy
 from embodied_rl.progress import Clock, Progress
+from embodied_rl.remote_collector import RemoteCollector
 from embodied_rl.stopping import StopRequest
 from embodied_rl.types import Batch, EpisodeStats
 
@@ -34,7 +36,7 @@ class Trainer:
     Args:
         config: the run's config; of several processes this one's share of it (`builders.share`).
         run_dir: an existing run folder; of several processes this one's own.
-        env: training environments.
+        env: training environments; for `rollout.asynchronous`, the process that has them.
         policy: backbone and actor; what is evaluated and saved is its average over updates.
         device: where networks live.
         stop: asked after every iteration.
@@ -48,7 +50,7 @@ class Trainer:
         self,
         config: Config,
         run_dir: Path,
-        env: VecEnv,
+        env: VecEnv | CollectingProcess,
         policy: Policy,
         device: torch.device,
         stop: StopRequest,
@@ -67,23 +69,13 @@ class Trainer:
         self.averaged = policy.with_actor(self.sac.average.module)
         folder = run_dir / "replay" if replay_dir is None else replay_dir
         self.replay = builders.build_replay(config, policy, folder, device)
-        self.guard = Guard(run_dir / "failure", enabled=config.train.guard)
-        self.collector = Collector(
-            env,
-            policy,
-            self.replay,
-            config.rollout,
-            self.guard,
-            store_features=config.policy.cache_features,
-            seed=config.seed if seed is None else seed,
-            device=device,
-            ranks=self.ranks,
-        )
+        self.guard = Guard(run_dir / FOLDER, enabled=config.train.guard)
+        self.progress = Progress()
+        self.collector = self._build_collector(env, config.seed if seed is None else seed)
         self.diagnostics = Diagnostics(
             self.sac, config.algorithm, builders.build_encoder(policy, device), device
         )
         self._batch: Batch | None = None  # the latest one
-        self.progress = Progress()
         self.means = Means()
         self.clock = Clock()
         self.logger = Logger(run_dir, config.train.total_steps, shown=self.ranks.rank == 0)
@@ -104,6 +96,33 @@ class Trainer:
                 "ranks": self.ranks,
             },
             config.train.keep_checkpoints,
+        )
+
+    def _build_collector(
+        self, env: VecEnv | CollectingProcess, seed: int
+    ) -> Collector | RemoteCollector:
+        if isinstance(env, CollectingProcess):
+            return RemoteCollector(
+                env,
+                self.policy,
+                self.replay,
+                self.config,
+                self.ranks,
+                updates=lambda: self.progress.updates,
+                saves=self._saves,
+            )
+        if self.config.rollout.asynchronous:
+            raise ValueError("rollout.asynchronous=true wants a CollectingProcess, not its VecEnv")
+        return Collector(
+            env,
+            self.policy,
+            self.replay,
+            self.config.rollout,
+            self.guard,
+            store_features=self.config.policy.cache_features,
+            seed=seed,
+            device=self.device,
+            ranks=self.ranks,
         )
 
     @property
@@ -203,27 +222,32 @@ class Trainer:
                 self.logger.say(f"warning: {line}")
 
     def _train(self) -> None:
-        train, interval = self.config.train, self.config.eval.interval
+        train = self.config.train
         self._start()
-        while self.step < train.total_steps and not self.stopping:
-            before = self.step
-
-            def crossed(every: int, before: int = before) -> bool:
-                return every > 0 and self.step // every > before // every
-
+        while self.step < train.total_steps and not (self.stopping and self.collector.settle()):
             self._iterate()
-            done = self.step >= train.total_steps
-            if crossed(train.log_interval) or done:
+            if self._crossed(self.step, train.log_interval):
                 self._log()
-            evaluated = crossed(interval) or done
+            evaluated = self._crossed(self.step, self.config.eval.interval)
             if evaluated:
                 self._evaluate()
-            if evaluated or crossed(train.checkpoint_interval):
+            if self._saves(self.step):
                 self._save()
             score = self.progress.last_eval[self.config.eval.metric]
             if evaluated and train.stop_at is not None and score >= train.stop_at:
                 self.logger.say(f"{self.config.eval.metric} reached {score:.3g}: stopping early")
                 break
+
+    def _crossed(self, step: int, every: int) -> bool:
+        """Whether the iteration that ended at `step` crossed a multiple of `every`, or the end."""
+        before = step - self.env.num_envs * self.ranks.world * self.config.rollout.steps
+        due = every > 0 and step // every > before // every
+        return due or step >= self.config.train.total_steps
+
+    def _saves(self, step: int) -> bool:
+        """Whether a checkpoint follows the iteration that ends at `step`."""
+        intervals = (self.config.eval.interval, self.config.train.checkpoint_interval)
+        return any(self._crossed(step, every) for every in intervals)
 
     def _iterate(self) -> None:
         """Steps every environment `rollout.steps` times, with `update_epoch` updates in between.
@@ -258,7 +282,7 @@ class Trainer:
         episodes = EpisodeStats.merged(self.ranks.gather_json(own)).summary()
         rates = self.clock.pop()
         values = {f"train/{k}": v for k, v in episodes.items()}
-        values |= {f"speed/{k}": v for k, v in rates.items()}
+        values |= {f"speed/{k}": v for k, v in {**rates, **self.collector.pop_speed()}.items()}
         values["train/updates"] = float(self.progress.updates)
         values["train/dropped_episodes"] = float(
             sum(self.ranks.gather_json(self.collector.dropped))

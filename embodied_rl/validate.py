@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from embodied_rl.config import Config, DemosConfig, EnvConfig, PretrainConfig
+from embodied_rl.config import Config, DemosConfig, EnvConfig, PretrainConfig, RolloutConfig
 from embodied_rl.errors import UserError, nearest
 from embodied_rl.registry import ACTORS, BACKBONES, ENVS, Q_HEADS
 
@@ -106,6 +106,7 @@ RANGES: dict[str, tuple[str, float, float, str]] = {
     "random_steps": ("[", 0, INF, ")"),
     "max_trajectory_steps": ("[", 1, INF, ")"),
     "execute_steps": ("[", 1, INF, ")"),
+    "rollout.ahead": ("[", 1, 1000, "]"),
     "eval.interval": ("[", 0, INF, ")"),
     "eval.episodes": ("[", 1, 100_000, "]"),
     "eval.num_envs": ("[", 1, 4096, "]"),
@@ -299,6 +300,14 @@ def _check_together(config: Config) -> None:
             "would be those of weights that have changed since. Set policy.cache_features=false, "
             "or policy.trainable=none."
         )
+    rollout, usual = config.rollout, RolloutConfig()
+    for key in ("ahead", "device"):
+        value = getattr(rollout, key)
+        if not rollout.asynchronous and value != getattr(usual, key):
+            raise UserError(
+                f"rollout.{key}={value} is for a collecting process of its own, but "
+                f"rollout.asynchronous=false. Set rollout.asynchronous=true, or drop rollout.{key}."
+            )
     if algorithm.demo.path is not None and algorithm.demo.fraction == 0:
         raise UserError(
             "algorithm.demo.path is set but algorithm.demo.fraction=0 would never read it. "

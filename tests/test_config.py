@@ -218,6 +218,7 @@ RANGES = {
     "critic.batch_renorm.r_max=0.5": (
         "critic.batch_renorm.r_max=0.5 is out of range. Allowed: [1, infinity)."
     ),
+    "rollout.ahead=0": "rollout.ahead=0 is out of range. Allowed: [1, 1000].",
     "env.num_envs=0": "env.num_envs=0 is out of range. Allowed: [1, 4096].",
 }
 
@@ -315,6 +316,11 @@ def test_wrong_type_names_the_key(override):
         (
             ["eval.seed=100", "eval.final_seed=150", "eval.episodes=51"],
             ["eval.seed=100", "eval.final_seed=150", "eval.episodes=51"],
+        ),
+        (["rollout.ahead=3"], ["rollout.ahead=3", "rollout.asynchronous=false"]),
+        (
+            ["rollout.asynchronous=false", "rollout.device=cpu"],
+            ["rollout.device=cpu", "rollout.asynchronous=false"],
         ),
         (
             ["algorithm.demo.path=demos", "algorithm.demo.fraction=0"],
@@ -428,6 +434,8 @@ OUTSIDE_THE_TRAINER = {
     "env.render_size",
     "env.sim_backend",
     "env.worker_timeout",
+    "rollout.ahead",  # of the collecting process: tests/test_asynchronous.py
+    "rollout.device",
     *(f"algorithm.{key}" for key in ACCEPT_ONLY),
     # read when the policy is a folder in another project's layout: tests/test_pi0.py
     *(f"policy.{key}" for key in ("cameras", "dtype", "state", "tokenizer")),

@@ -44,8 +44,11 @@ LAYERS = (
         "teachers",
         "cloning",
     ),
-    ("elastic",),
+    ("elastic", "channel", "shared_weights"),
     ("builders",),
+    ("collecting",),
+    ("collecting_process",),
+    ("remote_collector",),
     ("trainer",),
     ("cli", "train", "evaluate", "pretrain", "demos", "doctor", "plan"),
 )

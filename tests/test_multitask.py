@@ -92,10 +92,10 @@ class TestMixture:
             mixture(Recorded("a"), Recorded("b", action_dim=2))
 
     def test_spec_crosses_the_pipe(self):
-        from embodied_rl.envs.process import _spec_to_json
+        from embodied_rl.envs.process import spec_to_json
 
         spec = mixture(Recorded("a"), Recorded("b")).spec
-        assert spec_from_json(_spec_to_json(spec)) == spec
+        assert spec_from_json(spec_to_json(spec)) == spec
 
 
 @pytest.mark.unit

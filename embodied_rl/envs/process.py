@@ -151,7 +151,8 @@ def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
     return torch.empty(0, dtype=dtype).numpy().dtype
 
 
-def _spec_to_json(spec: EnvSpec) -> dict[str, Any]:
+def spec_to_json(spec: EnvSpec) -> dict[str, Any]:
+    """What `spec_from_json` reads."""
     obs = {k: [list(s.shape), _numpy_dtype(s.dtype).name] for k, s in spec.obs.items()}
     return {
         "obs": obs,
@@ -163,7 +164,7 @@ def _spec_to_json(spec: EnvSpec) -> dict[str, Any]:
 
 
 def spec_from_json(data: dict[str, Any]) -> EnvSpec:
-    """Reads the spec that a worker sends first."""
+    """Reads the spec that another process sends first."""
     obs = {
         k: ArraySpec(tuple(shape), torch.from_numpy(np.empty(0, dtype)).dtype)
         for k, (shape, dtype) in data["obs"].items()
@@ -184,7 +185,7 @@ def _work(pipe: Connection, make: Callable[..., SingleEnv], args: tuple[Any, ...
     env = None
     try:
         env = make(*args)
-        _answer(pipe, _spec_to_json(env.spec))
+        _answer(pipe, spec_to_json(env.spec))
         _serve(pipe, env)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass

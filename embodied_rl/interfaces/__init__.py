@@ -5,7 +5,7 @@ Sizes: B batch, H chunk length, A action size, D feature size, K critics, N envi
 
 from embodied_rl.interfaces.actor import ActorAdapter
 from embodied_rl.interfaces.backbone import Backbone, FlowBackbone
-from embodied_rl.interfaces.experience import ReplayBuffer, VecEnv
+from embodied_rl.interfaces.experience import ReplayBuffer, TrajectorySink, VecEnv
 from embodied_rl.interfaces.imitation import Imitator
 from embodied_rl.interfaces.learner import (
     QHead,
@@ -24,6 +24,7 @@ __all__ = [
     "ReplayBuffer",
     "Stateful",
     "Trainable",
+    "TrajectorySink",
     "UpdateEngine",
     "VecEnv",
     "aggregate",

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from embodied_rl.types import Batch, EnvSpec, Obs, StepResult, Trajectory
+
+
+class TrajectorySink(Protocol):
+    """Takes finished trajectories: a replay buffer, or what passes them on to one."""
+
+    def add(self, trajectory: Trajectory) -> None:
+        """Takes one."""
+        ...
 
 
 class ReplayBuffer(ABC):
