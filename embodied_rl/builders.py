@@ -170,6 +170,7 @@ def build_sac(
     q_head: QHead,
     device: torch.device,
     say: Callable[[str], None] = print,
+    ranks: Ranks | None = None,
 ) -> SAC:
     """Builds the learner around a policy's actor; `say` is told about compiling it."""
     if policy.actor is None:
@@ -181,7 +182,7 @@ def build_sac(
     temperature = Temperature(tuning.alpha_type, tuning.initial_alpha, target, tuning.objective).to(
         device
     )
-    ranks = Ranks()
+    ranks = Ranks() if ranks is None else ranks
     engine = choose_engine(config.train, ranks).build(ranks)
     for module in (policy.actor, q_head):
         ranks.share_statistics(module)

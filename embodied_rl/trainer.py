@@ -65,7 +65,9 @@ class Trainer:
         self.config, self.run_dir, self.env, self.policy = config, run_dir, env, policy
         self.device, self.stop = device, stop
         q_head = builders.build_q_head(config, policy, device)
-        self.sac = builders.build_sac(config, policy, q_head, device, lambda m: self.logger.say(m))
+        self.sac = builders.build_sac(
+            config, policy, q_head, device, lambda m: self.logger.say(m), self.ranks
+        )
         self.averaged = policy.with_actor(self.sac.average.module)
         folder = run_dir / "replay" if replay_dir is None else replay_dir
         self.replay = builders.build_replay(config, policy, folder, device)

@@ -1,7 +1,9 @@
 """One, two and four processes take the same steps on the same global batch."""
 
 import os
+import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from torch.multiprocessing import spawn
 
 from embodied_rl.builders import build_policy, build_q_head, build_sac
 from embodied_rl.config import Config
-from embodied_rl.distributed import Ranks
+from embodied_rl.distributed import Ranks, join
+from embodied_rl.errors import RunStopped
 from embodied_rl.load_config import load_config
 from embodied_rl.policy import Policy
 from embodied_rl.registry import BACKBONES
@@ -128,6 +131,7 @@ def weights(tmp_path_factory):
         "critic.optim.clip_grad=0.5",
         "algorithm.critic_warmup_steps=0",
         "algorithm.demo.fraction=0",
+        "train.compile=never",  # the noise is drawn by a patch
     ]
     jobs: dict[str, Job] = {
         f"{head}-{way}": ([*common, f"algorithm.q_head_type={head}", *more], 50, True)
@@ -160,6 +164,32 @@ def test_processes_equal_one(weights, head, way, world):
     """50 updates in float64: 1e-10, with Batch Renormalisation in actor and critic."""
     job = f"{head}-{way}"
     assert furthest(weights[1][job], weights[world][job]) < 1e-10
+
+
+def waiting(rank: int, world: int, port: int, results: str) -> None:
+    """The second process comes late; the first writes what it was told."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_PORT=str(port))
+    ranks, _ = join("cpu", 3)
+    assert ranks.all(True) and not ranks.any(False) and ranks.any(rank == 1)
+    if rank == 1:
+        time.sleep(7)
+        return
+    try:
+        ranks.any(False)
+    except RunStopped as error:
+        Path(results).write_text(str(error))
+
+
+def test_a_process_that_lags_is_named(monkeypatch, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    spawn(waiting, (2, port, str(tmp_path / "told")), nprocs=2, join=True)
+    told = (tmp_path / "told").read_text()
+    assert f"rank 1 on {socket.gethostname()} did not answer" in told
+    assert "train.rank_timeout" in told
 
 
 def test_the_comparison_notices_unshared_statistics(weights):

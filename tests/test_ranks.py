@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -121,6 +122,7 @@ def test_killed_rank_ends_the_run_and_resume_continues_exactly(finished, tmp_pat
     os.kill(int(found.stdout.split()[1]), signal.SIGKILL)
     printed = run.communicate(timeout=60)[0]
     assert run.returncode != 0 and "Signal 9" in printed
+    assert re.search(r"rank 1 on \S+ did not answer", printed), printed[-3000:]
     printed = finish(tmp_path, 2, "resume=run")
     assert "resuming" in printed
     assert comparable(tmp_path / "run") == comparable(whole)

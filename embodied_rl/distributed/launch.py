@@ -7,7 +7,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
+from embodied_rl.distributed.presence import Presence
 from embodied_rl.distributed.ranks import Ranks
 from embodied_rl.errors import UserError
 
@@ -37,14 +40,16 @@ def join(device: str, timeout: float) -> tuple[Ranks, str]:
     # messages about what runs on the host (counts, scores) go by gloo beside the gradients' nccl
     shared = world > torch.cuda.device_count()  # several ranks on a GPU: nccl refuses that
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") and not shared else "gloo"
+    patience = timedelta(seconds=timeout)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        store, rank, world = next(rendezvous("env://", timeout=patience))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"rank {os.environ.get('RANK', '?')} of {world} could not join the others: {error} "
             "Start all of them with one torchrun or accelerate launch."
         ) from error
-    return Ranks(), device
+    return Ranks(Presence(PrefixStore("presence", store), rank, world)), device
 
 
 def train_command(world: int) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from embodied_rl.batch_renorm import BatchRenorm
+from embodied_rl.distributed.presence import Presence
+from embodied_rl.errors import RunStopped
 
 
 class Ranks:
@@ -18,12 +21,16 @@ class Ranks:
 
     Without an initialised process group there is one, and nothing is communicated.
 
+    Args:
+        presence: tells whom a message waits for; None: nobody does.
+
     Attributes:
         rank: of this process, from 0.
         world: how many there are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, presence: Presence | None = None) -> None:
+        self._presence = presence
         ready = dist.is_available() and dist.is_initialized()
         self.rank: int = dist.get_rank() if ready else 0
         self.world: int = dist.get_world_size() if ready else 1
@@ -52,8 +59,26 @@ class Ranks:
         if self.world == 1:
             return tensor[None]
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
-        dist.all_gather(parts, tensor.contiguous())
+        with self._named():
+            dist.all_gather(parts, tensor.contiguous())
         return torch.stack(parts)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Says, where a message fails, which process did not come to it.
+
+        Raises:
+            RunStopped: it failed.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            absent = [] if self._presence is None else self._presence.missing()
+            who = ", ".join(absent) if absent else "another process"
+            raise RunStopped(
+                f"{who} did not answer: it failed, or took longer than train.rank_timeout "
+                f"({str(error).splitlines()[0]})."
+            ) from error
 
     def gather_json(self, value: Any) -> list[Any]:
         """A JSON value of every rank, in order."""
@@ -78,8 +103,11 @@ class Ranks:
         """On how many ranks it is true."""
         if self.world == 1:
             return int(flag)
+        if self._presence is not None:
+            self._presence.enter()
         count = torch.tensor(int(flag))
-        dist.all_reduce(count)
+        with self._named():
+            dist.all_reduce(count)
         return int(count)
 
     def meet(self) -> None:
@@ -101,7 +129,8 @@ class Ranks:
         for kind in sorted(kinds, key=str):
             group = [t for t in tensors if (t.dtype, t.device) == kind]
             flat = torch.cat([t.reshape(-1) for t in group])
-            dist.all_reduce(flat)
+            with self._named():
+                dist.all_reduce(flat)
             flat /= self.world
             for t, mean in zip(group, flat.split([t.numel() for t in group]), strict=True):
                 t.copy_(mean.view_as(t))
