@@ -103,14 +103,14 @@ def write(state: dict, folder: Path) -> None:
     """As a checkpoint's: safetensors and JSON."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
-    tree = checkpoint._split(state, "", tensors)
+    tree = checkpoint.split_tensors(state, "", tensors)
     save_file(tensors, folder / "state.safetensors")
     (folder / "state.json").write_text(json.dumps(tree))
 
 
 def read(folder: Path) -> dict:
     tree = json.loads((folder / "state.json").read_text())
-    return checkpoint._join(tree, load_file(folder / "state.safetensors"))
+    return checkpoint.join_tensors(tree, load_file(folder / "state.safetensors"))
 
 
 def process(rank: int, world: int, folder: str, jobs: dict[str, Job]) -> None:
