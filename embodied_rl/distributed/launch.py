@@ -38,7 +38,8 @@ def join(device: str, timeout: float) -> tuple[Ranks, str]:
         device = f"cuda:{local % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
     # messages about what runs on the host (counts, scores) go by gloo beside the gradients' nccl
-    shared = world > torch.cuda.device_count()  # several ranks on a GPU: nccl refuses that
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # of the ranks, those on this machine
+    shared = here > torch.cuda.device_count()  # several ranks on a GPU: nccl refuses that
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") and not shared else "gloo"
     patience = timedelta(seconds=timeout)
     try:
