@@ -467,6 +467,14 @@ def alive(pid: int) -> bool:
         return False
 
 
+def gone(below: dict[int, str]) -> None:
+    """Waits until none of these processes is alive."""
+    deadline = time.monotonic() + 20
+    while left := [pid for pid in below if alive(pid)]:
+        assert time.monotonic() < deadline, [below[pid] for pid in left]
+        time.sleep(0.05)
+
+
 LONG = ("train.total_steps=1000000", "eval.interval=0", "run_dir=run")
 PENDULUM = ("env.type=gymnasium", "env.task=Pendulum-v1", "eval.metric=return")
 
@@ -480,10 +488,7 @@ def test_sigkill_of_the_learner_leaves_no_orphan(tmp_path):
     own = descendants(collector_of(process.pid))
     assert len([line for line in own.values() if "forkserver" in line]) >= ENVS
     process.kill()
-    deadline = time.monotonic() + 20
-    while left := [pid for pid in below if alive(pid)]:
-        assert time.monotonic() < deadline, [below[pid] for pid in left]
-        time.sleep(0.05)
+    gone(below)
     process.communicate()
 
 
@@ -511,7 +516,8 @@ def test_ctrl_c_stops_and_resume_goes_on(tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT, err
     assert "stopped; continue with: python -m embodied_rl.train resume=run" in out
-    assert "Traceback" not in err and not [pid for pid in below if alive(pid)]
+    assert "Traceback" not in err
+    gone(below)
     saved = part(run, "collector")["env_steps"]
     assert saved % (ENVS * STEPS) == 0
     assert part(run, "progress")["updates"] == expected_updates(saved)

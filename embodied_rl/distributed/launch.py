@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from embodied_rl.distributed.meeting import meet_in
 from embodied_rl.distributed.presence import Presence
 from embodied_rl.distributed.ranks import Ranks
 from embodied_rl.errors import UserError
@@ -44,6 +45,7 @@ def join(device: str, timeout: float) -> tuple[Ranks, str]:
     patience = timedelta(seconds=timeout)
     try:
         store, rank, world = next(rendezvous("env://", timeout=patience))
+        store = meet_in(store, rank, world, timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     except (RuntimeError, ValueError) as error:
         raise UserError(
