@@ -77,6 +77,16 @@ TINY = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with long tests come first: short ones then fill the end of both processes."""
+    long = {
+        item.path
+        for item in items
+        if item.get_closest_marker("e2e") or item.get_closest_marker("dist")
+    }
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)

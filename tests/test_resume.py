@@ -290,14 +290,14 @@ def kill_after_checkpoint(process: subprocess.Popen, run: Path, step: int) -> No
 @pytest.mark.parametrize(("head", "env"), [("crossq", "pendulum"), ("default", "fake")])
 def test_sigkill_and_resume_is_exact(tmp_path, head, env):
     """Twice killed at whatever moment, in new processes each time."""
-    args = [*TINY, *SMALL, *ENVS[env], f"algorithm.q_head_type={head}", "train.total_steps=960"]
+    args = [*TINY, *SMALL, *ENVS[env], f"algorithm.q_head_type={head}", "train.total_steps=640"]
     finish(start(tmp_path, *args, "run_dir=straight"))
     run = tmp_path / "killed"
     kill_after_checkpoint(start(tmp_path, *args, "run_dir=killed"), run, 128)
-    kill_after_checkpoint(start(tmp_path, "resume=killed"), run, 448)
+    kill_after_checkpoint(start(tmp_path, "resume=killed"), run, 352)
     finish(start(tmp_path, "resume=killed"))
     same(saved(run), saved(tmp_path / "straight"))
     assert records(run) == records(tmp_path / "straight")
     assert [r["step"] for r in read_records(run / "metrics.jsonl") if "eval/return" in r] == list(
-        range(0, 961, 160)
+        range(0, 641, 160)
     )
