@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from embodied_rl.config import Config, DemosConfig, EnvConfig, PretrainConfig, RolloutConfig
+from embodied_rl.command_configs import DemosConfig, PretrainConfig
+from embodied_rl.config import Config, EnvConfig, RolloutConfig
 from embodied_rl.errors import UserError, nearest
 from embodied_rl.registry import ACTORS, BACKBONES, ENVS, Q_HEADS
 

@@ -39,7 +39,8 @@ from embodied_rl.backbones.pi0_settings import (
 from embodied_rl.backbones.pi0_training import draw_times, prefix_blocks, recomputed
 from embodied_rl.backbones.prompts import find_tokenizer, load_tokenizer, pad_prompts
 from embodied_rl.backbones.published_folder import write_folder
-from embodied_rl.config import PolicyConfig, PretrainConfig
+from embodied_rl.command_configs import PretrainConfig
+from embodied_rl.config import PolicyConfig
 from embodied_rl.errors import UserError
 from embodied_rl.interfaces import FlowBackbone, Imitator
 from embodied_rl.types import INSTRUCTION, EnvSpec, Obs, Trajectory
