@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "embodied_rl"
 # in its own or a later one, except where `WITHIN` allows it.
 LAYERS = (
     ("errors", "types", "config", "command_configs", "registry"),
+    ("allowed",),
     ("validate",),
     ("load_config",),
     ("interfaces",),
