@@ -34,7 +34,7 @@ def main(args: list[str]) -> int:
 
     from embodied_rl import builders, elastic
     from embodied_rl.collecting_process import open_env
-    from embodied_rl.distributed import choose_engine, join, leave, train_command
+    from embodied_rl.distributed import choose_engine, join, leave, share, train_command
     from embodied_rl.policy import find_policy
     from embodied_rl.stopping import StopRequest
     from embodied_rl.trainer import Trainer
@@ -42,7 +42,7 @@ def main(args: list[str]) -> int:
     torch.set_num_threads(config.train.threads)
     ranks, device_name = join(config.device, config.train.rank_timeout)
     engine = choose_engine(config.train, ranks)  # refuses early, before simulators start
-    part = builders.share(config, ranks)
+    part = share(config, ranks)
     first = ranks.rank == 0
     _check_restart(ranks, resume, run_dir, config.auto_resume)
     if engine.note is not None:
