@@ -12,7 +12,7 @@ import torch
 
 from embodied_rl.compiling import Compiled
 from embodied_rl.config import Config, EnvConfig
-from embodied_rl.demonstrations import check_demos, find_demos, read_demos, with_features
+from embodied_rl.demonstrations import check_demos, demo_folder, read_demos, with_features
 from embodied_rl.distributed import Ranks, choose_engine
 from embodied_rl.errors import UserError
 from embodied_rl.interfaces import QHead, ReplayBuffer, VecEnv
@@ -207,30 +207,6 @@ def build_encoder(
         return concatenate_features(pieces)
 
     return encode
-
-
-def demo_folder(config: Config) -> tuple[Path | None, str | None]:
-    """Returns the demonstrations that a run mixes in, or None and, where it matters, why.
-
-    Raises:
-        UserError: demonstrations were named for an actor that cannot learn from them.
-    """
-    demo, kind = config.algorithm.demo, config.actor.type
-    if demo.fraction == 0:
-        return None, None
-    if not ACTORS.get(kind).acts_as_demonstrated:
-        why = f"the critic of actor.type={kind} judges noise, which demonstrations do not show"
-        if demo.path is not None:
-            raise UserError(
-                f"algorithm.demo.path={demo.path}: {why}. Drop it, or set actor.type=residual."
-            )
-        return None, f"{why}, so algorithm.demo.fraction={demo.fraction} has no effect"
-    path = find_demos(demo.path, config.policy.path)
-    why = (
-        f"no demonstrations, so algorithm.demo.fraction={demo.fraction} has no effect; name some "
-        "with algorithm.demo.path"
-    )
-    return path, None if path is not None else why
 
 
 def build_replay(

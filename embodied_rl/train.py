@@ -34,6 +34,7 @@ def main(args: list[str]) -> int:
 
     from embodied_rl import builders, elastic
     from embodied_rl.collecting_process import open_env
+    from embodied_rl.demonstrations import demo_folder
     from embodied_rl.distributed import choose_engine, join, leave, share, train_command
     from embodied_rl.policy import find_policy
     from embodied_rl.stopping import StopRequest
@@ -56,7 +57,7 @@ def main(args: list[str]) -> int:
         print(f"note: {key} has no effect with q_head_type={config.algorithm.q_head_type}")
     if config.policy.path is not None:
         find_policy(config.policy.path)  # fails early, before simulators start
-    _, why_no_demos = builders.demo_folder(config)
+    _, why_no_demos = demo_folder(config)
     if why_no_demos is not None and first:
         print(f"note: {why_no_demos}")
     env = open_env(part, device, config.seed, ranks, run_dir if first else own_dir)
