@@ -16,7 +16,7 @@ from embodied_rl.collector import Collector
 from embodied_rl.config import Config
 from embodied_rl.diagnostics import Diagnostics
 from embodied_rl.distributed import Ranks, train_command
-from embodied_rl.elastic import Deal
+from embodied_rl.elastic import Deal, common_steps
 from embodied_rl.errors import RunStopped
 from embodied_rl.evaluator import Evaluation, Evaluator
 from embodied_rl.generators import Generators
@@ -145,9 +145,9 @@ class Trainer:
         """
         begun = self.deal is not None or (resume and not self.ranks.any(self.checkpoints.empty))
         if self.deal is not None:
-            self._take(self.deal)
+            self.deal.hand_over(self.checkpoints, self.replay)
         elif begun:
-            self.checkpoints.restore(self._common_steps())
+            self.checkpoints.restore(common_steps(self.checkpoints, self.ranks))
             if self.checkpoints.best is None:  # damaged: the next evaluation is the best one again
                 self.progress.best_score = None
         self.logger.open(self.step)
@@ -181,23 +181,6 @@ class Trainer:
             if self._eval_env is not None:
                 self._eval_env.close()
             self.replay.close()
-
-    def _common_steps(self) -> set[int] | None:
-        """Steps of the checkpoints that all processes have whole; None for a process alone.
-
-        One that was killed while it saved may have an older newest one than the others.
-        """
-        if self.ranks.world == 1:
-            return None
-        everywhere = self.ranks.gather_json(self.checkpoints.whole())
-        return set.intersection(*(set(steps) for steps in everywhere))
-
-    def _take(self, deal: Deal) -> None:
-        """Begins where a run of another number of processes stopped."""
-        self.checkpoints.adopt(deal.parts(), deal.run_dir)
-        for trajectory in deal.trajectories():
-            self.replay.add(trajectory)
-        deal.hand_over_best(self.checkpoints.folder)
 
     def _way_on(self) -> str:
         last = self.checkpoints.last
