@@ -18,7 +18,7 @@ from embodied_rl.diagnostics import Diagnostics
 from embodied_rl.distributed import Ranks, train_command
 from embodied_rl.elastic import Deal, common_steps
 from embodied_rl.errors import RunStopped
-from embodied_rl.evaluator import Evaluation, Evaluator
+from embodied_rl.examiner import Examiner
 from embodied_rl.generators import Generators
 from embodied_rl.guard import FOLDER, Guard, Update
 from embodied_rl.interfaces import VecEnv
@@ -81,8 +81,7 @@ class Trainer:
         self.means = Means()
         self.clock = Clock()
         self.logger = Logger(run_dir, config.train.total_steps, shown=self.ranks.rank == 0)
-        self._improved = False
-        self._eval_env: VecEnv | None = None
+        self.examiner = Examiner(config, device, self.ranks, self.guard, self.progress, self.logger)
         self.checkpoints = Checkpoints(
             run_dir / CHECKPOINTS,
             {
@@ -166,7 +165,8 @@ class Trainer:
             self.logger.say(f"warning: {problem}")
         try:
             if not begun:
-                self._evaluate(video=self.run_dir / "videos" / "first.mp4")
+                first = self.run_dir / "videos" / "first.mp4"
+                self.examiner.examine(self.averaged, self.step, first)
                 self._save()
             self._train()
             if self.stopping:
@@ -178,8 +178,7 @@ class Trainer:
         finally:
             self._tell_restarts()
             self.logger.close()
-            if self._eval_env is not None:
-                self._eval_env.close()
+            self.examiner.close()
             self.replay.close()
 
     def _way_on(self) -> str:
@@ -202,9 +201,8 @@ class Trainer:
             )
 
     def _tell_restarts(self) -> None:
-        for env in (self.env, self._eval_env):
-            for line in env.pop_warnings() if env is not None else []:
-                self.logger.say(f"warning: {line}")
+        for line in (*self.env.pop_warnings(), *self.examiner.pop_warnings()):
+            self.logger.say(f"warning: {line}")
 
     def _train(self) -> None:
         train = self.config.train
@@ -215,7 +213,7 @@ class Trainer:
                 self._log()
             evaluated = self._crossed(self.step, self.config.eval.interval)
             if evaluated:
-                self._evaluate()
+                self.examiner.examine(self.averaged, self.step)
             if self._saves(self.step):
                 self._save()
             score = self.progress.last_eval[self.config.eval.metric]
@@ -286,70 +284,34 @@ class Trainer:
             shown["return"] = f"{episodes['return']:.1f}"
         self.logger.show(self.step, **shown)
 
-    def _evaluate(self, video: Path | None = None) -> None:
-        """Scores the policy on the learning curve's seeds."""
-        summary = self._score(self.averaged, self.config.eval.seed, video).summary
-        score = summary[self.config.eval.metric]
-        self.guard.check("in an evaluation", self.step, {"return": torch.tensor(summary["return"])})
-        self.logger.write(self.step, {f"eval/{k}": v for k, v in summary.items()})
-        self.logger.show(self.step, success=f"{summary['success_once']:.0%}")
-        best = self.progress.best_score
-        self._improved = best is None or score >= best
-        if self._improved:
-            self.progress.best_score, self.progress.best_step = score, self.step
-        self.logger.say(
-            f"step {self.step:>7,}: success {summary['success_once']:.0%} (at end "
-            f"{summary['success_at_end']:.0%}), return {summary['return']:.2f}"
-            f"{'  best so far' if self._improved and best is not None else ''}"
-        )
-        self.progress.last_eval = summary
-
-    def _score(self, policy: Policy, first_seed: int, video: Path | None) -> Evaluation:
-        settings = self.config.eval
-        if self._eval_env is None:
-            self._eval_env = builders.build_env(self.config.env, settings.num_envs, self.device)
-        return Evaluator(self._eval_env, settings.episodes, self.device, self.ranks).run(
-            policy,
-            first_seed,
-            video=video if settings.video else None,
-            video_episodes=settings.video_episodes,
-        )
-
     def _save(self) -> None:
         self.progress.seconds = time.monotonic() - self._opened
         learner = self.sac.state_dict()  # on all processes at once: they may share out its parts
         self.guard.check_state(self.step, learner)
         if self.ranks.rank == 0:
             self.ranks.meet()  # the first one's checkpoint stands for all: it comes last
-        self.checkpoints.save(self.step, self.averaged, best=self._improved, ready={"sac": learner})
+        self.checkpoints.save(
+            self.step, self.averaged, best=self.examiner.improved, ready={"sac": learner}
+        )
         if self.ranks.rank > 0:
             self.ranks.meet()
-        self._improved = False
+        self.examiner.improved = False
 
     def _finish(self) -> dict[str, Any]:
         """Compares the pretrained and the best policy on seeds that nothing has seen yet."""
-        final_seed = self.config.eval.final_seed
         self.logger.say("comparing the pretrained and the best policy on held-out episodes ...")
-        same = self.policy.backbone if self.policy.backbone.frozen else None  # in memory once
-        if self.config.policy.path is None:
-            start = self.policy.with_actor(None)
-        else:
-            start = Policy.from_pretrained(self.config.policy.path, self.config.policy, same)
-            start.backbone.check_env(self.env.spec)  # another project's folder knows no environment
-            start = start.to(self.device)
-        before = self._score(start, final_seed, None).summary
         link = LAST if self.checkpoints.best is None else BEST
-        best = Policy.from_pretrained(
-            self.run_dir / "checkpoints" / link / POLICY, self.config.policy, same
+        before, after = self.examiner.compare(
+            self.policy,
+            self.checkpoints.folder / link / POLICY,
+            self.env.spec,
+            self.run_dir / "videos" / "last.mp4",
         )
-        after = self._score(
-            best.to(self.device), final_seed, self.run_dir / "videos" / "last.mp4"
-        ).summary
         results = {
             "pretrained": before,
             "final": after,
             "episodes": self.config.eval.episodes,
-            "first_seed": final_seed,
+            "first_seed": self.config.eval.final_seed,
             "best_step": self.progress.best_step,
             "env_steps": self.step,
             "updates": self.progress.updates,

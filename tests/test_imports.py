@@ -50,6 +50,7 @@ LAYERS = (
     ("collecting",),
     ("collecting_process",),
     ("remote_collector",),
+    ("examiner",),
     ("trainer",),
     ("cli", "train", "evaluate", "pretrain", "demos", "doctor", "plan"),
 )
