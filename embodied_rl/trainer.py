@@ -22,12 +22,13 @@ from embodied_rl.examiner import Examiner
 from embodied_rl.generators import Generators
 from embodied_rl.guard import FOLDER, Guard, Update
 from embodied_rl.interfaces import VecEnv
-from embodied_rl.metrics import Logger, Means, plot_curve
+from embodied_rl.metrics import Logger, plot_curve
 from embodied_rl.policy import Policy
-from embodied_rl.progress import Clock, Progress
+from embodied_rl.progress import Progress
+from embodied_rl.recorder import Recorder
 from embodied_rl.remote_collector import RemoteCollector
 from embodied_rl.stopping import StopRequest
-from embodied_rl.types import Batch, EpisodeStats
+from embodied_rl.types import Batch
 
 
 class Trainer:
@@ -74,13 +75,18 @@ class Trainer:
         self.guard = Guard(run_dir / FOLDER, enabled=config.train.guard)
         self.progress = Progress()
         self.collector = self._build_collector(env, config.seed if seed is None else seed)
-        self.diagnostics = Diagnostics(
+        diagnostics = Diagnostics(
             self.sac, config.algorithm, builders.build_encoder(policy, device), device
         )
         self._batch: Batch | None = None  # the latest one
-        self.means = Means()
-        self.clock = Clock()
         self.logger = Logger(run_dir, config.train.total_steps, shown=self.ranks.rank == 0)
+        self.recorder = Recorder(
+            self.collector,
+            diagnostics if config.train.diagnostics else None,
+            self.progress,
+            self.logger,
+            self.ranks,
+        )
         self.examiner = Examiner(config, device, self.ranks, self.guard, self.progress, self.logger)
         self.checkpoints = Checkpoints(
             run_dir / CHECKPOINTS,
@@ -89,10 +95,10 @@ class Trainer:
                 "replay": self.replay,
                 "collector": self.collector,
                 "progress": self.progress,
-                "means": self.means,
-                "clock": self.clock,
+                "means": self.recorder.means,
+                "clock": self.recorder.clock,
                 "logger": self.logger,
-                "diagnostics": self.diagnostics,
+                "diagnostics": diagnostics,
                 "generators": Generators(),
                 "ranks": self.ranks,
             },
@@ -210,7 +216,7 @@ class Trainer:
         while self.step < train.total_steps and not (self.stopping and self.collector.settle()):
             self._iterate()
             if self._crossed(self.step, train.log_interval):
-                self._log()
+                self.recorder.record(self._batch)
             evaluated = self._crossed(self.step, self.config.eval.interval)
             if evaluated:
                 self.examiner.examine(self.averaged, self.step)
@@ -248,41 +254,16 @@ class Trainer:
         self.guard.verify()  # so that no log, evaluation or checkpoint comes before a check
         self._tell_restarts()
         whole = self.env.num_envs * self.ranks.world
-        self.clock.add(steps * whole, time.monotonic() - started)
+        self.recorder.clock.add(steps * whole, time.monotonic() - started)
 
     def _update(self) -> None:
         self.sac.engine.set_progress(self.step / self.config.train.total_steps)
         self._batch = self.replay.sample(self.config.algorithm.batch_size)
         metrics = self.sac.update(self._batch, env_steps=self.step)
         self.progress.updates += 1
-        self.clock.updates += 1
+        self.recorder.clock.updates += 1
         self.guard.watch(Update(self.progress.updates, self.step, self._batch, metrics))
-        self.means.add(metrics)
-
-    def _log(self) -> None:
-        """Records what happened since the last record."""
-        own = vars(self.collector.pop_stats())
-        episodes = EpisodeStats.merged(self.ranks.gather_json(own)).summary()
-        rates = self.clock.pop()
-        values = {f"train/{k}": v for k, v in episodes.items()}
-        values |= {f"speed/{k}": v for k, v in {**rates, **self.collector.pop_speed()}.items()}
-        values["train/updates"] = float(self.progress.updates)
-        values["train/dropped_episodes"] = float(
-            sum(self.ranks.gather_json(self.collector.dropped))
-        )
-        values |= self.means.pop()
-        if self._batch is not None and self.config.train.diagnostics:
-            values |= self.diagnostics.measure(self._batch, self.collector.recent)
-        values |= self.ranks.means({k: v for k, v in values.items() if not k.startswith("train/")})
-        self.logger.write(self.step, values)
-        warning = self.diagnostics.warning(values) if self.config.train.diagnostics else None
-        if warning is not None:
-            self.logger.say(warning)
-        shown = {"steps/s": f"{rates['steps_per_s']:.0f}", "upd/s": f"{rates['updates_per_s']:.0f}"}
-        if episodes:
-            shown["rollout"] = f"{episodes['success_once']:.0%}"
-            shown["return"] = f"{episodes['return']:.1f}"
-        self.logger.show(self.step, **shown)
+        self.recorder.means.add(metrics)
 
     def _save(self) -> None:
         self.progress.seconds = time.monotonic() - self._opened

@@ -50,7 +50,7 @@ LAYERS = (
     ("collecting",),
     ("collecting_process",),
     ("remote_collector",),
-    ("examiner",),
+    ("examiner", "recorder"),
     ("trainer",),
     ("cli", "train", "evaluate", "pretrain", "demos", "doctor", "plan"),
 )
