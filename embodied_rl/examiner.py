@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,9 +72,7 @@ class Examiner:
         )
         self.progress.last_eval = summary
 
-    def compare(
-        self, policy: Policy, best: Path, spec: EnvSpec, video: Path
-    ) -> tuple[dict[str, float], dict[str, float]]:
+    def compare(self, policy: Policy, best: Path, spec: EnvSpec, video: Path) -> dict[str, Any]:
         """Compares the pretrained and the best policy on seeds that nothing has seen yet.
 
         Args:
@@ -83,7 +82,7 @@ class Examiner:
             video: MP4 of the best one to write, if the config wants videos.
 
         Returns:
-            The pretrained policy's scores, and the best one's.
+            The scores of both, `pretrained` and `final`, and on how many episodes from which seed.
         """
         final_seed = self.config.eval.final_seed
         same = policy.backbone if policy.backbone.frozen else None  # in memory once
@@ -96,7 +95,12 @@ class Examiner:
         before = self._score(start, final_seed, None).summary
         trained = Policy.from_pretrained(best, self.config.policy, same)
         after = self._score(trained.to(self.device), final_seed, video).summary
-        return before, after
+        return {
+            "pretrained": before,
+            "final": after,
+            "episodes": self.config.eval.episodes,
+            "first_seed": final_seed,
+        }
 
     def pop_warnings(self) -> list[str]:
         """One line for each environment restarted since the last call."""

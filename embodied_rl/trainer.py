@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from embodied_rl.examiner import Examiner
 from embodied_rl.generators import Generators
 from embodied_rl.guard import FOLDER, Guard, Update
 from embodied_rl.interfaces import VecEnv
-from embodied_rl.metrics import Logger, plot_curve
+from embodied_rl.metrics import Logger, write_results
 from embodied_rl.policy import Policy
 from embodied_rl.progress import Progress
 from embodied_rl.recorder import Recorder
@@ -282,26 +281,15 @@ class Trainer:
         """Compares the pretrained and the best policy on seeds that nothing has seen yet."""
         self.logger.say("comparing the pretrained and the best policy on held-out episodes ...")
         link = LAST if self.checkpoints.best is None else BEST
-        before, after = self.examiner.compare(
-            self.policy,
-            self.checkpoints.folder / link / POLICY,
-            self.env.spec,
-            self.run_dir / "videos" / "last.mp4",
-        )
+        best = self.checkpoints.folder / link / POLICY
+        video = self.run_dir / "videos" / "last.mp4"
         results = {
-            "pretrained": before,
-            "final": after,
-            "episodes": self.config.eval.episodes,
-            "first_seed": self.config.eval.final_seed,
+            **self.examiner.compare(self.policy, best, self.env.spec, video),
             "best_step": self.progress.best_step,
             "env_steps": self.step,
             "updates": self.progress.updates,
             "seconds": round(time.monotonic() - self._opened, 1),
         }
-        if self.ranks.rank > 0:
-            return results
-        path = self.run_dir / "results.json"
-        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        title = f"{self.config.env.name}, {self.config.algorithm.q_head_type}"
-        plot_curve(self.run_dir, f"{title}, seed {self.config.seed}", self.config.eval.metric)
+        if self.ranks.rank == 0:
+            write_results(self.run_dir, results, self.config)
         return results
