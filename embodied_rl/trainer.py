@@ -27,6 +27,7 @@ from embodied_rl.progress import Progress
 from embodied_rl.recorder import Recorder
 from embodied_rl.remote_collector import RemoteCollector
 from embodied_rl.stopping import StopRequest
+from embodied_rl.timetable import Timetable
 from embodied_rl.types import Batch
 
 
@@ -73,6 +74,8 @@ class Trainer:
         self.replay = builders.build_replay(config, policy, folder, device)
         self.guard = Guard(run_dir / FOLDER, enabled=config.train.guard)
         self.progress = Progress()
+        stride = env.num_envs * self.ranks.world * config.rollout.steps
+        self.timetable = Timetable(config, stride)
         self.collector = self._build_collector(env, config.seed if seed is None else seed)
         diagnostics = Diagnostics(
             self.sac, config.algorithm, builders.build_encoder(policy, device), device
@@ -115,7 +118,7 @@ class Trainer:
                 self.config,
                 self.ranks,
                 updates=lambda: self.progress.updates,
-                saves=self._saves,
+                saves=self.timetable.saves,
             )
         if self.config.rollout.asynchronous:
             raise ValueError("rollout.asynchronous=true wants a CollectingProcess, not its VecEnv")
@@ -214,28 +217,17 @@ class Trainer:
         self._start()
         while self.step < train.total_steps and not (self.stopping and self.collector.settle()):
             self._iterate()
-            if self._crossed(self.step, train.log_interval):
+            if self.timetable.records(self.step):
                 self.recorder.record(self._batch)
-            evaluated = self._crossed(self.step, self.config.eval.interval)
+            evaluated = self.timetable.evaluates(self.step)
             if evaluated:
                 self.examiner.examine(self.averaged, self.step)
-            if self._saves(self.step):
+            if self.timetable.saves(self.step):
                 self._save()
             score = self.progress.last_eval[self.config.eval.metric]
             if evaluated and train.stop_at is not None and score >= train.stop_at:
                 self.logger.say(f"{self.config.eval.metric} reached {score:.3g}: stopping early")
                 break
-
-    def _crossed(self, step: int, every: int) -> bool:
-        """Whether the iteration that ended at `step` crossed a multiple of `every`, or the end."""
-        before = step - self.env.num_envs * self.ranks.world * self.config.rollout.steps
-        due = every > 0 and step // every > before // every
-        return due or step >= self.config.train.total_steps
-
-    def _saves(self, step: int) -> bool:
-        """Whether a checkpoint follows the iteration that ends at `step`."""
-        intervals = (self.config.eval.interval, self.config.train.checkpoint_interval)
-        return any(self._crossed(step, every) for every in intervals)
 
     def _iterate(self) -> None:
         """Steps every environment `rollout.steps` times, with `update_epoch` updates in between.
