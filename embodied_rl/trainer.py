@@ -11,7 +11,7 @@ import torch
 from embodied_rl import builders
 from embodied_rl.checkpoint import BEST, CHECKPOINTS, LAST, POLICY, Checkpoints
 from embodied_rl.collecting_process import CollectingProcess
-from embodied_rl.collector import Collector
+from embodied_rl.collectors import build_collector
 from embodied_rl.config import Config
 from embodied_rl.diagnostics import Diagnostics
 from embodied_rl.distributed import Ranks, train_command
@@ -25,7 +25,6 @@ from embodied_rl.metrics import Logger, write_results
 from embodied_rl.policy import Policy
 from embodied_rl.progress import Progress
 from embodied_rl.recorder import Recorder
-from embodied_rl.remote_collector import RemoteCollector
 from embodied_rl.stopping import StopRequest
 from embodied_rl.timetable import Timetable
 from embodied_rl.types import Batch
@@ -76,7 +75,18 @@ class Trainer:
         self.progress = Progress()
         stride = env.num_envs * self.ranks.world * config.rollout.steps
         self.timetable = Timetable(config, stride)
-        self.collector = self._build_collector(env, config.seed if seed is None else seed)
+        self.collector = build_collector(
+            config,
+            env,
+            policy,
+            self.replay,
+            device,
+            config.seed if seed is None else seed,
+            guard=self.guard,
+            ranks=self.ranks,
+            updates=lambda: self.progress.updates,
+            saves=self.timetable.saves,
+        )
         diagnostics = Diagnostics(
             self.sac, config.algorithm, builders.build_encoder(policy, device), device
         )
@@ -105,33 +115,6 @@ class Trainer:
                 "ranks": self.ranks,
             },
             config.train.keep_checkpoints,
-        )
-
-    def _build_collector(
-        self, env: VecEnv | CollectingProcess, seed: int
-    ) -> Collector | RemoteCollector:
-        if isinstance(env, CollectingProcess):
-            return RemoteCollector(
-                env,
-                self.policy,
-                self.replay,
-                self.config,
-                self.ranks,
-                updates=lambda: self.progress.updates,
-                saves=self.timetable.saves,
-            )
-        if self.config.rollout.asynchronous:
-            raise ValueError("rollout.asynchronous=true wants a CollectingProcess, not its VecEnv")
-        return Collector(
-            env,
-            self.policy,
-            self.replay,
-            self.config.rollout,
-            self.guard,
-            store_features=self.config.policy.cache_features,
-            seed=seed,
-            device=self.device,
-            ranks=self.ranks,
         )
 
     @property

@@ -50,7 +50,7 @@ LAYERS = (
     ("collecting",),
     ("collecting_process",),
     ("remote_collector",),
-    ("examiner", "recorder", "timetable"),
+    ("collectors", "examiner", "recorder", "timetable"),
     ("trainer",),
     ("cli", "train", "evaluate", "pretrain", "demos", "doctor", "plan"),
 )
