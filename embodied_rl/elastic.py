@@ -16,9 +16,10 @@ from embodied_rl.checkpoint import (
     BEST,
     CHECKPOINTS,
     Checkpoints,
-    newest,
     read_checkpoint,
     step_name,
+    step_of,
+    undamaged,
 )
 from embodied_rl.collector import RECENT
 from embodied_rl.distributed import Ranks
@@ -41,7 +42,7 @@ def deal(run_dir: Path, ranks: Ranks, seed: int) -> Deal | None:
 
     What an earlier attempt at this left behind is deleted.
     """
-    folder = newest(run_dir / CHECKPOINTS)
+    folder = next(undamaged(run_dir / CHECKPOINTS), None)
     found = None if folder is None else read_checkpoint(folder)
     worlds = ranks.gather_json(None if found is None else found[0]["ranks"]["world"])
     if worlds[0] in (None, ranks.world):  # a resume by as many says what is missing
@@ -68,7 +69,7 @@ def common_steps(checkpoints: Checkpoints, ranks: Ranks) -> set[int] | None:
     """
     if ranks.world == 1:
         return None
-    everywhere = ranks.gather_json(checkpoints.whole())
+    everywhere = ranks.gather_json([step_of(path) for path in undamaged(checkpoints.folder)])
     return set.intersection(*(set(steps) for steps in everywhere))
 
 
