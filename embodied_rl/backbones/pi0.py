@@ -14,31 +14,14 @@ from torch import Tensor, nn
 from transformers import PI0ForConditionalGeneration
 
 from embodied_rl.backbones.images import check_resize, to_pixels
-from embodied_rl.backbones.lerobot_folder import read_json
 from embodied_rl.backbones.lerobot_normalise import Normaliser
 from embodied_rl.backbones.pi0_context import Pi0Context
-from embodied_rl.backbones.pi0_inputs import check_cameras, state_vector
-from embodied_rl.backbones.pi0_network import (
-    CONFIG,
-    UNREAD,
-    build_network,
-    check_dtype,
-    from_lerobot,
-    from_transformers,
-    load_network,
-    network_dict,
-    published_names,
-)
-from embodied_rl.backbones.pi0_settings import (
-    PALIGEMMA,
-    Pi0Settings,
-    fit,
-    lerobot_settings,
-    transformers_settings,
-)
+from embodied_rl.backbones.pi0_folder import load_folder, rebuild, write_trained
+from embodied_rl.backbones.pi0_inputs import state_vector
+from embodied_rl.backbones.pi0_network import network_dict
+from embodied_rl.backbones.pi0_settings import Pi0Settings, fit
 from embodied_rl.backbones.pi0_training import draw_times, prefix_blocks, recomputed
-from embodied_rl.backbones.prompts import find_tokenizer, load_tokenizer, pad_prompts
-from embodied_rl.backbones.published_folder import write_folder
+from embodied_rl.backbones.prompts import pad_prompts
 from embodied_rl.command_configs import PretrainConfig
 from embodied_rl.config import PolicyConfig
 from embodied_rl.errors import UserError
@@ -283,21 +266,7 @@ class Pi0Backbone(FlowBackbone, Imitator):
         Raises:
             UserError: something in the folder or in `config` does not fit; says what.
         """
-        dtype = check_dtype(config.dtype)
-        given = read_json(folder / CONFIG)
-        where = str(folder / CONFIG)
-        if given.get("type") == "pi0":
-            network_config = from_lerobot(given, where)
-            settings, tokenizer = lerobot_settings(folder)
-        else:
-            network_config = from_transformers(given, where)
-            settings, tokenizer = transformers_settings(folder), PALIGEMMA
-        cameras = check_cameras(config.cameras, settings.camera_names)
-        settings.cameras = [list(pair) for pair in cameras.items()]
-        settings.state_keys = list(config.state)
-        settings.tokenizer = str(find_tokenizer(folder, config.tokenizer, tokenizer).resolve())
-        load_tokenizer(Path(settings.tokenizer))
-        network = load_network(folder, network_config, dtype)
+        network, settings = load_folder(folder, config)
         return cls(network, settings, config.dtype, str(folder.resolve()))
 
     def to_folder(self, folder: Path) -> None:
@@ -305,9 +274,7 @@ class Pi0Backbone(FlowBackbone, Imitator):
         if self.source is None:
             super().to_folder(folder)
         else:
-            names = published_names(self.network)
-            weights = self.network.state_dict()
-            write_folder(Path(self.source), folder, names, weights, UNREAD)
+            write_trained(self.network, Path(self.source), folder)
 
     def config_dict(self) -> dict[str, Any]:
         """Network, precision, source of the weights and settings."""
@@ -321,17 +288,7 @@ class Pi0Backbone(FlowBackbone, Imitator):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Pi0Backbone:
         """Rebuilds the module: weights from `source`, or random ones where that is null."""
-        settings = dict(config)
-        network_args, dtype_name, source = (
-            settings.pop(key) for key in ("network", "dtype", "source")
-        )
-        network_config = from_transformers(network_args, "the policy's config")
-        dtype = check_dtype(dtype_name)
-        if source is None:
-            network = build_network(network_config, dtype)
-        else:
-            network = load_network(Path(source), network_config, dtype)
-        return cls(network, Pi0Settings(**settings), dtype_name, source)
+        return cls(*rebuild(config))
 
     @classmethod
     def for_env(cls, spec: EnvSpec) -> Pi0Backbone:
