@@ -12,7 +12,8 @@ from embodied_rl.errors import UserError
 from embodied_rl.formats.maniskill import REPLAY, STATE, read_maniskill
 from embodied_rl.policy import Policy, find_policy
 from embodied_rl.registry import ACTORS
-from embodied_rl.replay.reader import META, StoreReader, read_all
+from embodied_rl.replay.meta import META
+from embodied_rl.replay.reader import StoreReader, read_all
 from embodied_rl.types import ArraySpec, EnvSpec, Features, Obs, Trajectory
 
 DEMOS = "demos"  # folder beside a policy's weights
