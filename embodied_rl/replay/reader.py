@@ -1,6 +1,6 @@
 """Reading a trajectory store without ever changing it.
 
-    <folder>/meta.json                       format, version, and what the trajectories share (`meta.py`)
+    <folder>/meta.json                       format, version, what all trajectories share (`meta.py`)
     <folder>/index.jsonl                     one line per event (`index.py`)
     <folder>/segment-000000000.safetensors   named by its first trajectory (`segment.py`)
 
@@ -10,7 +10,6 @@ docs/replay_format.md describes the format for other readers.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,10 +21,10 @@ from embodied_rl.errors import UserError
 from embodied_rl.replay.column import Column
 from embodied_rl.replay.index import Index, Listed, read_index
 from embodied_rl.replay.meta import read_meta
+from embodied_rl.replay.open_segments import OpenSegments
 from embodied_rl.replay.segment import DamagedError, SegmentFile
 from embodied_rl.types import Trajectory
 
-OPEN_FILES = 256  # memory maps held open; each holds a file descriptor
 AHEAD = 4096  # bytes of a row from which on the kernel is asked to read ahead
 CORRUPT = ".corrupt"
 NOWHERE = -1
@@ -63,7 +62,7 @@ class StoreReader:
         self.first = 0  # trajectories below are evicted
         self._lengths, self._segment, self._row = Column(), Column(), Column()
         self._verified = Column()
-        self._files: OrderedDict[int, SegmentFile] = OrderedDict()
+        self._files = OpenSegments(folder)
         self._names: list[str] = []
         self._lock = threading.RLock()  # prefetching reads from a thread of its own
         self.meta = read_meta(folder)
@@ -182,21 +181,7 @@ class StoreReader:
         self._files.clear()
 
     def _file(self, segment: int) -> SegmentFile:
-        file = self._files.get(segment)
-        if file is None:
-            path = self.folder / self.segments[segment].file
-            try:
-                file = SegmentFile(path)
-            except FileNotFoundError:
-                raise UserError(
-                    f"{path} is gone: the run that writes {self.folder} evicted it meanwhile. "
-                    "Open the folder again."
-                ) from None
-            self._files[segment] = file
-            if len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)
-        self._files.move_to_end(segment)
-        return file
+        return self._files.get(segment, self.segments[segment].file)
 
     def _verify_now(self, numbers: np.ndarray) -> None:
         """Checks trajectories that were not read before."""

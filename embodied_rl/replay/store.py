@@ -216,7 +216,7 @@ class TrajectoryStore(StoreReader):
         self._index.evicted = doomed[-1].first + len(doomed[-1].lengths)
         append_event(self.folder, {"evicted": self._index.evicted})
         for position, segment in enumerate(doomed, self._deleted_upto):
-            self._files.pop(position, None)
+            self._files.drop(position)
             (self.folder / segment.file).unlink(missing_ok=True)
             self._index.segments.pop(segment.file, None)
         self._deleted_upto = stop
