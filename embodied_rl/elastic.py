@@ -26,7 +26,8 @@ from embodied_rl.distributed import Ranks
 from embodied_rl.errors import UserError
 from embodied_rl.interfaces import TrajectorySink
 from embodied_rl.manifest import Damaged
-from embodied_rl.replay.reader import LostError, StoreReader
+from embodied_rl.replay.damage import LostError
+from embodied_rl.replay.reader import StoreReader
 from embodied_rl.types import EpisodeStats, Trajectory
 
 RANKS, REPLAY = "ranks", "replay"

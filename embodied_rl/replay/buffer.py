@@ -14,9 +14,10 @@ from embodied_rl.config import AlgorithmConfig
 from embodied_rl.errors import ReplayNotReady
 from embodied_rl.interfaces import ReplayBuffer
 from embodied_rl.replay.cache import TrajectoryCache
+from embodied_rl.replay.damage import LostError
 from embodied_rl.replay.gather import Draw, TransitionReader
 from embodied_rl.replay.prefetch import Prefetcher
-from embodied_rl.replay.reader import LostError, StoreReader
+from embodied_rl.replay.reader import StoreReader
 from embodied_rl.replay.store import TrajectoryStore
 from embodied_rl.replay.window import Window
 from embodied_rl.types import Batch, Features, Obs, Trajectory

@@ -1,6 +1,6 @@
 """Reading a trajectory store without ever changing it.
 
-    <folder>/meta.json                       format, version, what all trajectories share (`meta.py`)
+    <folder>/meta.json                       format, version, and what all share (`meta.py`)
     <folder>/index.jsonl                     one line per event (`index.py`)
     <folder>/segment-000000000.safetensors   named by its first trajectory (`segment.py`)
 
@@ -19,27 +19,15 @@ from torch import Tensor
 
 from embodied_rl.errors import UserError
 from embodied_rl.replay.column import Column
+from embodied_rl.replay.damage import CORRUPT, DamagedError, LostError
 from embodied_rl.replay.index import Index, Listed, read_index
 from embodied_rl.replay.meta import read_meta
 from embodied_rl.replay.open_segments import OpenSegments
-from embodied_rl.replay.segment import DamagedError, SegmentFile
+from embodied_rl.replay.segment import SegmentFile
 from embodied_rl.types import Trajectory
 
 AHEAD = 4096  # bytes of a row from which on the kernel is asked to read ahead
-CORRUPT = ".corrupt"
 NOWHERE = -1
-
-
-class LostError(Exception):
-    """Trajectories turned out to be damaged when they were read.
-
-    Attributes:
-        numbers: theirs.
-    """
-
-    def __init__(self, numbers: list[int]) -> None:
-        super().__init__(f"trajectories {numbers} are damaged")
-        self.numbers = numbers
 
 
 class StoreReader:

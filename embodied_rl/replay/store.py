@@ -16,9 +16,10 @@ from torch import Tensor
 
 from embodied_rl.errors import UserError
 from embodied_rl.replay.codec import Compressor
+from embodied_rl.replay.damage import CORRUPT
 from embodied_rl.replay.index import Listed, append_event, segment_event, write_index
 from embodied_rl.replay.meta import write_meta
-from embodied_rl.replay.reader import CORRUPT, NOWHERE, StoreReader
+from embodied_rl.replay.reader import NOWHERE, StoreReader
 from embodied_rl.replay.segment import write_segment
 from embodied_rl.types import Trajectory
 
