@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from embodied_rl.compiling import Compiled
 from embodied_rl.config import Config, EnvConfig
-from embodied_rl.demonstrations import check_demos, find_demos, read_demos, with_features
+from embodied_rl.demonstrations import check_demos, demo_folder, read_demos, with_features
 from embodied_rl.distributed import Ranks, choose_engine
 from embodied_rl.errors import UserError
 from embodied_rl.interfaces import QHead, ReplayBuffer, VecEnv
@@ -68,33 +66,6 @@ def build_device(name: str, key: str = "device") -> torch.device:
             "python -m embodied_rl.doctor."
         )
     return device
-
-
-def share(config: Config, ranks: Ranks) -> Config:
-    """One process's part of the run: its environments, its rows of the batch, its own seed.
-
-    Raises:
-        UserError: the processes cannot share them equally.
-    """
-    if ranks.world == 1:
-        return config
-    part = copy.deepcopy(config)
-    for section, key, least in (
-        ("env", "num_envs", 1),
-        ("eval", "num_envs", 1),
-        ("algorithm", "batch_size", 2),
-    ):
-        owner = getattr(part, section)
-        whole = getattr(owner, key)
-        if whole % ranks.world or whole // ranks.world < least:
-            raise UserError(
-                f"{section}.{key}={whole} cannot be shared by {ranks.world} processes. It is that "
-                f"of the whole run: set a multiple of {ranks.world * least}."
-            )
-        setattr(owner, key, whole // ranks.world)
-    words = np.random.SeedSequence([config.seed, ranks.world, ranks.rank]).generate_state(1)
-    part.seed = int(words[0])
-    return part
 
 
 def build_env(config: EnvConfig, num_envs: int, device: torch.device) -> VecEnv:
@@ -236,30 +207,6 @@ def build_encoder(
         return concatenate_features(pieces)
 
     return encode
-
-
-def demo_folder(config: Config) -> tuple[Path | None, str | None]:
-    """Returns the demonstrations that a run mixes in, or None and, where it matters, why.
-
-    Raises:
-        UserError: demonstrations were named for an actor that cannot learn from them.
-    """
-    demo, kind = config.algorithm.demo, config.actor.type
-    if demo.fraction == 0:
-        return None, None
-    if not ACTORS.get(kind).acts_as_demonstrated:
-        why = f"the critic of actor.type={kind} judges noise, which demonstrations do not show"
-        if demo.path is not None:
-            raise UserError(
-                f"algorithm.demo.path={demo.path}: {why}. Drop it, or set actor.type=residual."
-            )
-        return None, f"{why}, so algorithm.demo.fraction={demo.fraction} has no effect"
-    path = find_demos(demo.path, config.policy.path)
-    why = (
-        f"no demonstrations, so algorithm.demo.fraction={demo.fraction} has no effect; name some "
-        "with algorithm.demo.path"
-    )
-    return path, None if path is not None else why
 
 
 def build_replay(

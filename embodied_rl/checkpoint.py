@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -116,17 +116,6 @@ class Checkpoints:
         kinds = ("step_*", f"{SET_ASIDE}*")
         return not any(path for kind in kinds for path in self.folder.glob(kind))
 
-    def whole(self) -> list[int]:
-        """Steps of the checkpoints that are as they were written."""
-        steps = []
-        for folder in sorted(self.folder.glob("step_*")):
-            try:
-                verify_manifest(folder)
-                steps.append(int(folder.name.removeprefix("step_")))
-            except Damaged:
-                continue
-        return steps
-
     def restore(self, among: Set[int] | None = None) -> int:
         """Loads the newest undamaged checkpoint into all parts; returns its step.
 
@@ -142,7 +131,7 @@ class Checkpoints:
         damaged: list[Path] = []
         ahead: list[Path] = []
         for folder in sorted(self.folder.glob("step_*"), reverse=True):
-            if among is not None and int(folder.name.removeprefix("step_")) not in among:
+            if among is not None and step_of(folder) not in among:
                 ahead.append(folder)
                 continue
             try:
@@ -221,15 +210,22 @@ def step_name(step: int) -> str:
     return f"step_{step:09d}"
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest undamaged checkpoint in a run's `checkpoints` folder; None where there is none."""
+def step_of(folder: Path) -> int:
+    """Step of a checkpoint, as its name says."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def undamaged(folder: Path) -> Iterator[Path]:
+    """The checkpoints in a run's `checkpoints` folder that are as they were written, newest first.
+
+    Each is read for that when it is asked for.
+    """
     for path in sorted(folder.glob("step_*"), reverse=True):
         try:
             verify_manifest(path)
-            return path
         except Damaged:
             continue
-    return None
+        yield path
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], int]:

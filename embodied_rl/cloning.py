@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from embodied_rl.config import PretrainConfig
+from embodied_rl.command_configs import PretrainConfig
 from embodied_rl.distributed import LocalEngine
 from embodied_rl.errors import UserError
 from embodied_rl.interfaces import Imitator

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from embodied_rl.backbones.state import OBS_KEY, StateBackbone
+from embodied_rl.config import Config
 from embodied_rl.errors import UserError
 from embodied_rl.formats.maniskill import REPLAY, STATE, read_maniskill
 from embodied_rl.policy import Policy, find_policy
-from embodied_rl.replay.reader import META, StoreReader, read_all
+from embodied_rl.registry import ACTORS
+from embodied_rl.replay.meta import META
+from embodied_rl.replay.reader import StoreReader, read_all
 from embodied_rl.types import ArraySpec, EnvSpec, Features, Obs, Trajectory
 
 DEMOS = "demos"  # folder beside a policy's weights
@@ -24,6 +27,30 @@ def find_demos(path: str | None, policy: str | None) -> Path | None:
         return None
     beside = find_policy(policy) / DEMOS
     return beside if (beside / META).is_file() else None
+
+
+def demo_folder(config: Config) -> tuple[Path | None, str | None]:
+    """Returns the demonstrations that a run mixes in, or None and, where it matters, why.
+
+    Raises:
+        UserError: demonstrations were named for an actor that cannot learn from them.
+    """
+    demo, kind = config.algorithm.demo, config.actor.type
+    if demo.fraction == 0:
+        return None, None
+    if not ACTORS.get(kind).acts_as_demonstrated:
+        why = f"the critic of actor.type={kind} judges noise, which demonstrations do not show"
+        if demo.path is not None:
+            raise UserError(
+                f"algorithm.demo.path={demo.path}: {why}. Drop it, or set actor.type=residual."
+            )
+        return None, f"{why}, so algorithm.demo.fraction={demo.fraction} has no effect"
+    path = find_demos(demo.path, config.policy.path)
+    why = (
+        f"no demonstrations, so algorithm.demo.fraction={demo.fraction} has no effect; name some "
+        "with algorithm.demo.path"
+    )
+    return path, None if path is not None else why
 
 
 def read_demos(path: Path) -> list[Trajectory]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from embodied_rl import builders, cli
-from embodied_rl.config import DemosConfig
+from embodied_rl.command_configs import DemosConfig
 from embodied_rl.errors import UserError
 from embodied_rl.interfaces import VecEnv
 from embodied_rl.load_config import load_config

@@ -12,12 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embodied_rl.checkpoint import BEST, CHECKPOINTS, newest, read_checkpoint, step_name
+from embodied_rl.checkpoint import (
+    BEST,
+    CHECKPOINTS,
+    Checkpoints,
+    read_checkpoint,
+    step_name,
+    step_of,
+    undamaged,
+)
 from embodied_rl.collector import RECENT
 from embodied_rl.distributed import Ranks
 from embodied_rl.errors import UserError
+from embodied_rl.interfaces import TrajectorySink
 from embodied_rl.manifest import Damaged
-from embodied_rl.replay.reader import LostError, StoreReader
+from embodied_rl.replay.damage import LostError
+from embodied_rl.replay.reader import StoreReader
 from embodied_rl.types import EpisodeStats, Trajectory
 
 RANKS, REPLAY = "ranks", "replay"
@@ -33,7 +43,7 @@ def deal(run_dir: Path, ranks: Ranks, seed: int) -> Deal | None:
 
     What an earlier attempt at this left behind is deleted.
     """
-    folder = newest(run_dir / CHECKPOINTS)
+    folder = next(undamaged(run_dir / CHECKPOINTS), None)
     found = None if folder is None else read_checkpoint(folder)
     worlds = ranks.gather_json(None if found is None else found[0]["ranks"]["world"])
     if worlds[0] in (None, ranks.world):  # a resume by as many says what is missing
@@ -51,6 +61,17 @@ def deal(run_dir: Path, ranks: Ranks, seed: int) -> Deal | None:
     if ranks.rank > 0:
         shutil.rmtree(own, ignore_errors=True)
     return dealt
+
+
+def common_steps(checkpoints: Checkpoints, ranks: Ranks) -> set[int] | None:
+    """Steps of the checkpoints that all processes have whole; None for a process alone.
+
+    One that was killed while it saved may have an older newest one than the others.
+    """
+    if ranks.world == 1:
+        return None
+    everywhere = ranks.gather_json([step_of(path) for path in undamaged(checkpoints.folder)])
+    return set.intersection(*(set(steps) for steps in everywhere))
 
 
 class Deal:
@@ -91,6 +112,13 @@ class Deal:
                 f"continue with {self.ranks.world} processes, bring the folders of all "
                 f"{self.world} together in {self.run_dir}."
             ) from None
+
+    def hand_over(self, checkpoints: Checkpoints, replay: TrajectorySink) -> None:
+        """Lets a process begin where a run of another number of processes stopped."""
+        checkpoints.adopt(self.parts(), self.run_dir)
+        for trajectory in self.trajectories():
+            replay.add(trajectory)
+        self._hand_over_best(checkpoints.folder)
 
     def parts(self) -> dict[str, Any]:
         """The states of all parts but replay and generators."""
@@ -156,7 +184,7 @@ class Deal:
         words = [self.seed, self.ranks.world, self.ranks.rank, self.step]
         return int(np.random.SeedSequence(words).generate_state(1)[0])
 
-    def hand_over_best(self, folder: Path) -> None:
+    def _hand_over_best(self, folder: Path) -> None:
         """Puts the best checkpoint where this process keeps its own."""
         best = self.run_dir / CHECKPOINTS / BEST
         if self.ranks.rank == 0 or not best.exists():

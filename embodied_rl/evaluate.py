@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from embodied_rl import cli
-from embodied_rl.config import EvaluateConfig
+from embodied_rl.command_configs import EvaluateConfig
 from embodied_rl.errors import UserError
 from embodied_rl.load_config import load_config
 from embodied_rl.validate import validate

@@ -105,7 +105,7 @@ def help_text(command: str, schema: type[Any]) -> str:
         f"usage: python -m embodied_rl.{command} [config=file.yaml ...] [key.path=value ...]\n\n"
         f"{(schema.__doc__ or '').strip()} Keys and defaults:\n\n"
         f"{OmegaConf.to_yaml(OmegaConf.structured(schema))}\n"
-        "What each key means: embodied_rl/config.py."
+        "What each key means: embodied_rl/config.py and embodied_rl/command_configs.py."
     )
 
 

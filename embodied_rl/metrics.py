@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: progress bar, TensorBoard, metrics.jsonl, curve."""
+"""What a run shows and leaves behind: progress bar, TensorBoard, metrics.jsonl, results, curve."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from embodied_rl.config import Config
 
 RECORDS = "metrics.jsonl"
 
@@ -140,6 +142,14 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 continue
     return records
+
+
+def write_results(folder: Path, results: dict[str, Any], config: Config) -> None:
+    """Writes `results.json` into a run's folder, and draws its curve."""
+    path = folder / "results.json"
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    title = f"{config.env.name}, {config.algorithm.q_head_type}"
+    plot_curve(folder, f"{title}, seed {config.seed}", config.eval.metric)
 
 
 def plot_curve(folder: Path, title: str, metric: str) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from embodied_rl import cli
-from embodied_rl.config import PlanConfig
+from embodied_rl.command_configs import PlanConfig
 from embodied_rl.errors import UserError
 from embodied_rl.load_config import CONFIG, load_config
 

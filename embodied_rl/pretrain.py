@@ -13,7 +13,8 @@ import torch
 from embodied_rl import builders, cli
 from embodied_rl.backbones.lerobot_folder import read_json
 from embodied_rl.cloning import fit
-from embodied_rl.config import EnvConfig, PolicyConfig, PretrainConfig
+from embodied_rl.command_configs import PretrainConfig
+from embodied_rl.config import EnvConfig, PolicyConfig
 from embodied_rl.demonstrations import read_demos, read_meta, shown_spec
 from embodied_rl.errors import UserError
 from embodied_rl.evaluator import Evaluator

@@ -34,7 +34,8 @@ def main(args: list[str]) -> int:
 
     from embodied_rl import builders, elastic
     from embodied_rl.collecting_process import open_env
-    from embodied_rl.distributed import choose_engine, join, leave, train_command
+    from embodied_rl.demonstrations import demo_folder
+    from embodied_rl.distributed import choose_engine, join, leave, share, train_command
     from embodied_rl.policy import find_policy
     from embodied_rl.stopping import StopRequest
     from embodied_rl.trainer import Trainer
@@ -42,7 +43,7 @@ def main(args: list[str]) -> int:
     torch.set_num_threads(config.train.threads)
     ranks, device_name = join(config.device, config.train.rank_timeout)
     engine = choose_engine(config.train, ranks)  # refuses early, before simulators start
-    part = builders.share(config, ranks)
+    part = share(config, ranks)
     first = ranks.rank == 0
     _check_restart(ranks, resume, run_dir, config.auto_resume)
     if engine.note is not None:
@@ -56,7 +57,7 @@ def main(args: list[str]) -> int:
         print(f"note: {key} has no effect with q_head_type={config.algorithm.q_head_type}")
     if config.policy.path is not None:
         find_policy(config.policy.path)  # fails early, before simulators start
-    _, why_no_demos = builders.demo_folder(config)
+    _, why_no_demos = demo_folder(config)
     if why_no_demos is not None and first:
         print(f"note: {why_no_demos}")
     env = open_env(part, device, config.seed, ranks, run_dir if first else own_dir)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -12,29 +11,30 @@ import torch
 from embodied_rl import builders
 from embodied_rl.checkpoint import BEST, CHECKPOINTS, LAST, POLICY, Checkpoints
 from embodied_rl.collecting_process import CollectingProcess
-from embodied_rl.collector import Collector
+from embodied_rl.collectors import build_collector
 from embodied_rl.config import Config
 from embodied_rl.diagnostics import Diagnostics
 from embodied_rl.distributed import Ranks, train_command
-from embodied_rl.elastic import Deal
+from embodied_rl.elastic import Deal, common_steps
 from embodied_rl.errors import RunStopped
-from embodied_rl.evaluator import Evaluation, Evaluator
+from embodied_rl.examiner import Examiner
 from embodied_rl.generators import Generators
 from embodied_rl.guard import FOLDER, Guard, Update
 from embodied_rl.interfaces import VecEnv
-from embodied_rl.metrics import Logger, Means, plot_curve
+from embodied_rl.metrics import Logger, write_results
 from embodied_rl.policy import Policy
-from embodied_rl.progress import Clock, Progress
-from embodied_rl.remote_collector import RemoteCollector
+from embodied_rl.progress import Progress
+from embodied_rl.recorder import Recorder
 from embodied_rl.stopping import StopRequest
-from embodied_rl.types import Batch, EpisodeStats
+from embodied_rl.timetable import Timetable
+from embodied_rl.types import Batch
 
 
 class Trainer:
     """Finetunes one policy in one environment.
 
     Args:
-        config: the run's config; of several processes this one's share of it (`builders.share`).
+        config: the run's config; of several processes this one's share of it (`distributed.share`).
         run_dir: an existing run folder; of several processes this one's own.
         env: training environments; for `rollout.asynchronous`, the process that has them.
         policy: backbone and actor; what is evaluated and saved is its average over updates.
@@ -73,16 +73,33 @@ class Trainer:
         self.replay = builders.build_replay(config, policy, folder, device)
         self.guard = Guard(run_dir / FOLDER, enabled=config.train.guard)
         self.progress = Progress()
-        self.collector = self._build_collector(env, config.seed if seed is None else seed)
-        self.diagnostics = Diagnostics(
+        stride = env.num_envs * self.ranks.world * config.rollout.steps
+        self.timetable = Timetable(config, stride)
+        self.collector = build_collector(
+            config,
+            env,
+            policy,
+            self.replay,
+            device,
+            config.seed if seed is None else seed,
+            guard=self.guard,
+            ranks=self.ranks,
+            updates=lambda: self.progress.updates,
+            saves=self.timetable.saves,
+        )
+        diagnostics = Diagnostics(
             self.sac, config.algorithm, builders.build_encoder(policy, device), device
         )
         self._batch: Batch | None = None  # the latest one
-        self.means = Means()
-        self.clock = Clock()
         self.logger = Logger(run_dir, config.train.total_steps, shown=self.ranks.rank == 0)
-        self._improved = False
-        self._eval_env: VecEnv | None = None
+        self.recorder = Recorder(
+            self.collector,
+            diagnostics if config.train.diagnostics else None,
+            self.progress,
+            self.logger,
+            self.ranks,
+        )
+        self.examiner = Examiner(config, device, self.ranks, self.guard, self.progress, self.logger)
         self.checkpoints = Checkpoints(
             run_dir / CHECKPOINTS,
             {
@@ -90,41 +107,14 @@ class Trainer:
                 "replay": self.replay,
                 "collector": self.collector,
                 "progress": self.progress,
-                "means": self.means,
-                "clock": self.clock,
+                "means": self.recorder.means,
+                "clock": self.recorder.clock,
                 "logger": self.logger,
-                "diagnostics": self.diagnostics,
+                "diagnostics": diagnostics,
                 "generators": Generators(),
                 "ranks": self.ranks,
             },
             config.train.keep_checkpoints,
-        )
-
-    def _build_collector(
-        self, env: VecEnv | CollectingProcess, seed: int
-    ) -> Collector | RemoteCollector:
-        if isinstance(env, CollectingProcess):
-            return RemoteCollector(
-                env,
-                self.policy,
-                self.replay,
-                self.config,
-                self.ranks,
-                updates=lambda: self.progress.updates,
-                saves=self._saves,
-            )
-        if self.config.rollout.asynchronous:
-            raise ValueError("rollout.asynchronous=true wants a CollectingProcess, not its VecEnv")
-        return Collector(
-            env,
-            self.policy,
-            self.replay,
-            self.config.rollout,
-            self.guard,
-            store_features=self.config.policy.cache_features,
-            seed=seed,
-            device=self.device,
-            ranks=self.ranks,
         )
 
     @property
@@ -145,9 +135,9 @@ class Trainer:
         """
         begun = self.deal is not None or (resume and not self.ranks.any(self.checkpoints.empty))
         if self.deal is not None:
-            self._take(self.deal)
+            self.deal.hand_over(self.checkpoints, self.replay)
         elif begun:
-            self.checkpoints.restore(self._common_steps())
+            self.checkpoints.restore(common_steps(self.checkpoints, self.ranks))
             if self.checkpoints.best is None:  # damaged: the next evaluation is the best one again
                 self.progress.best_score = None
         self.logger.open(self.step)
@@ -166,7 +156,8 @@ class Trainer:
             self.logger.say(f"warning: {problem}")
         try:
             if not begun:
-                self._evaluate(video=self.run_dir / "videos" / "first.mp4")
+                first = self.run_dir / "videos" / "first.mp4"
+                self.examiner.examine(self.averaged, self.step, first)
                 self._save()
             self._train()
             if self.stopping:
@@ -178,26 +169,8 @@ class Trainer:
         finally:
             self._tell_restarts()
             self.logger.close()
-            if self._eval_env is not None:
-                self._eval_env.close()
+            self.examiner.close()
             self.replay.close()
-
-    def _common_steps(self) -> set[int] | None:
-        """Steps of the checkpoints that all processes have whole; None for a process alone.
-
-        One that was killed while it saved may have an older newest one than the others.
-        """
-        if self.ranks.world == 1:
-            return None
-        everywhere = self.ranks.gather_json(self.checkpoints.whole())
-        return set.intersection(*(set(steps) for steps in everywhere))
-
-    def _take(self, deal: Deal) -> None:
-        """Begins where a run of another number of processes stopped."""
-        self.checkpoints.adopt(deal.parts(), deal.run_dir)
-        for trajectory in deal.trajectories():
-            self.replay.add(trajectory)
-        deal.hand_over_best(self.checkpoints.folder)
 
     def _way_on(self) -> str:
         last = self.checkpoints.last
@@ -219,37 +192,25 @@ class Trainer:
             )
 
     def _tell_restarts(self) -> None:
-        for env in (self.env, self._eval_env):
-            for line in env.pop_warnings() if env is not None else []:
-                self.logger.say(f"warning: {line}")
+        for line in (*self.env.pop_warnings(), *self.examiner.pop_warnings()):
+            self.logger.say(f"warning: {line}")
 
     def _train(self) -> None:
         train = self.config.train
         self._start()
         while self.step < train.total_steps and not (self.stopping and self.collector.settle()):
             self._iterate()
-            if self._crossed(self.step, train.log_interval):
-                self._log()
-            evaluated = self._crossed(self.step, self.config.eval.interval)
+            if self.timetable.records(self.step):
+                self.recorder.record(self._batch)
+            evaluated = self.timetable.evaluates(self.step)
             if evaluated:
-                self._evaluate()
-            if self._saves(self.step):
+                self.examiner.examine(self.averaged, self.step)
+            if self.timetable.saves(self.step):
                 self._save()
             score = self.progress.last_eval[self.config.eval.metric]
             if evaluated and train.stop_at is not None and score >= train.stop_at:
                 self.logger.say(f"{self.config.eval.metric} reached {score:.3g}: stopping early")
                 break
-
-    def _crossed(self, step: int, every: int) -> bool:
-        """Whether the iteration that ended at `step` crossed a multiple of `every`, or the end."""
-        before = step - self.env.num_envs * self.ranks.world * self.config.rollout.steps
-        due = every > 0 and step // every > before // every
-        return due or step >= self.config.train.total_steps
-
-    def _saves(self, step: int) -> bool:
-        """Whether a checkpoint follows the iteration that ends at `step`."""
-        intervals = (self.config.eval.interval, self.config.train.checkpoint_interval)
-        return any(self._crossed(step, every) for every in intervals)
 
     def _iterate(self) -> None:
         """Steps every environment `rollout.steps` times, with `update_epoch` updates in between.
@@ -267,70 +228,16 @@ class Trainer:
         self.guard.verify()  # so that no log, evaluation or checkpoint comes before a check
         self._tell_restarts()
         whole = self.env.num_envs * self.ranks.world
-        self.clock.add(steps * whole, time.monotonic() - started)
+        self.recorder.clock.add(steps * whole, time.monotonic() - started)
 
     def _update(self) -> None:
         self.sac.engine.set_progress(self.step / self.config.train.total_steps)
         self._batch = self.replay.sample(self.config.algorithm.batch_size)
         metrics = self.sac.update(self._batch, env_steps=self.step)
         self.progress.updates += 1
-        self.clock.updates += 1
+        self.recorder.clock.updates += 1
         self.guard.watch(Update(self.progress.updates, self.step, self._batch, metrics))
-        self.means.add(metrics)
-
-    def _log(self) -> None:
-        """Records what happened since the last record."""
-        own = vars(self.collector.pop_stats())
-        episodes = EpisodeStats.merged(self.ranks.gather_json(own)).summary()
-        rates = self.clock.pop()
-        values = {f"train/{k}": v for k, v in episodes.items()}
-        values |= {f"speed/{k}": v for k, v in {**rates, **self.collector.pop_speed()}.items()}
-        values["train/updates"] = float(self.progress.updates)
-        values["train/dropped_episodes"] = float(
-            sum(self.ranks.gather_json(self.collector.dropped))
-        )
-        values |= self.means.pop()
-        if self._batch is not None and self.config.train.diagnostics:
-            values |= self.diagnostics.measure(self._batch, self.collector.recent)
-        values |= self.ranks.means({k: v for k, v in values.items() if not k.startswith("train/")})
-        self.logger.write(self.step, values)
-        warning = self.diagnostics.warning(values) if self.config.train.diagnostics else None
-        if warning is not None:
-            self.logger.say(warning)
-        shown = {"steps/s": f"{rates['steps_per_s']:.0f}", "upd/s": f"{rates['updates_per_s']:.0f}"}
-        if episodes:
-            shown["rollout"] = f"{episodes['success_once']:.0%}"
-            shown["return"] = f"{episodes['return']:.1f}"
-        self.logger.show(self.step, **shown)
-
-    def _evaluate(self, video: Path | None = None) -> None:
-        """Scores the policy on the learning curve's seeds."""
-        summary = self._score(self.averaged, self.config.eval.seed, video).summary
-        score = summary[self.config.eval.metric]
-        self.guard.check("in an evaluation", self.step, {"return": torch.tensor(summary["return"])})
-        self.logger.write(self.step, {f"eval/{k}": v for k, v in summary.items()})
-        self.logger.show(self.step, success=f"{summary['success_once']:.0%}")
-        best = self.progress.best_score
-        self._improved = best is None or score >= best
-        if self._improved:
-            self.progress.best_score, self.progress.best_step = score, self.step
-        self.logger.say(
-            f"step {self.step:>7,}: success {summary['success_once']:.0%} (at end "
-            f"{summary['success_at_end']:.0%}), return {summary['return']:.2f}"
-            f"{'  best so far' if self._improved and best is not None else ''}"
-        )
-        self.progress.last_eval = summary
-
-    def _score(self, policy: Policy, first_seed: int, video: Path | None) -> Evaluation:
-        settings = self.config.eval
-        if self._eval_env is None:
-            self._eval_env = builders.build_env(self.config.env, settings.num_envs, self.device)
-        return Evaluator(self._eval_env, settings.episodes, self.device, self.ranks).run(
-            policy,
-            first_seed,
-            video=video if settings.video else None,
-            video_episodes=settings.video_episodes,
-        )
+        self.recorder.means.add(metrics)
 
     def _save(self) -> None:
         self.progress.seconds = time.monotonic() - self._opened
@@ -338,44 +245,26 @@ class Trainer:
         self.guard.check_state(self.step, learner)
         if self.ranks.rank == 0:
             self.ranks.meet()  # the first one's checkpoint stands for all: it comes last
-        self.checkpoints.save(self.step, self.averaged, best=self._improved, ready={"sac": learner})
+        self.checkpoints.save(
+            self.step, self.averaged, best=self.examiner.improved, ready={"sac": learner}
+        )
         if self.ranks.rank > 0:
             self.ranks.meet()
-        self._improved = False
+        self.examiner.improved = False
 
     def _finish(self) -> dict[str, Any]:
         """Compares the pretrained and the best policy on seeds that nothing has seen yet."""
-        final_seed = self.config.eval.final_seed
         self.logger.say("comparing the pretrained and the best policy on held-out episodes ...")
-        same = self.policy.backbone if self.policy.backbone.frozen else None  # in memory once
-        if self.config.policy.path is None:
-            start = self.policy.with_actor(None)
-        else:
-            start = Policy.from_pretrained(self.config.policy.path, self.config.policy, same)
-            start.backbone.check_env(self.env.spec)  # another project's folder knows no environment
-            start = start.to(self.device)
-        before = self._score(start, final_seed, None).summary
         link = LAST if self.checkpoints.best is None else BEST
-        best = Policy.from_pretrained(
-            self.run_dir / "checkpoints" / link / POLICY, self.config.policy, same
-        )
-        after = self._score(
-            best.to(self.device), final_seed, self.run_dir / "videos" / "last.mp4"
-        ).summary
+        best = self.checkpoints.folder / link / POLICY
+        video = self.run_dir / "videos" / "last.mp4"
         results = {
-            "pretrained": before,
-            "final": after,
-            "episodes": self.config.eval.episodes,
-            "first_seed": final_seed,
+            **self.examiner.compare(self.policy, best, self.env.spec, video),
             "best_step": self.progress.best_step,
             "env_steps": self.step,
             "updates": self.progress.updates,
             "seconds": round(time.monotonic() - self._opened, 1),
         }
-        if self.ranks.rank > 0:
-            return results
-        path = self.run_dir / "results.json"
-        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        title = f"{self.config.env.name}, {self.config.algorithm.q_head_type}"
-        plot_curve(self.run_dir, f"{title}, seed {self.config.seed}", self.config.eval.metric)
+        if self.ranks.rank == 0:
+            write_results(self.run_dir, results, self.config)
         return results

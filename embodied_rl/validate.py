@@ -1,4 +1,4 @@
-"""Which values each config key allows, alone and together."""
+"""Checks config values, alone (`allowed.py`) and together."""
 
 from __future__ import annotations
 
@@ -7,143 +7,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from embodied_rl.config import Config, DemosConfig, EnvConfig, PretrainConfig, RolloutConfig
+from embodied_rl.allowed import CHOICES, RANGES
+from embodied_rl.command_configs import DemosConfig, PretrainConfig
+from embodied_rl.config import Config, EnvConfig, RolloutConfig
 from embodied_rl.errors import UserError, nearest
-from embodied_rl.registry import ACTORS, BACKBONES, ENVS, Q_HEADS
-
-CHOICES: dict[str, list[str]] = {
-    "env.type": ENVS.names,
-    "policy.backbone": BACKBONES.names,
-    "backbone": BACKBONES.names,
-    "actor.type": ACTORS.names,
-    "algorithm.q_head_type": Q_HEADS.names,
-    "policy.trainable": ["none", "lora", "last", "full"],
-    "policy.dtype": ["float32", "bfloat16", "float16"],
-    "tune.trainable": ["full", "lora"],
-    "tune.dtype": ["float32", "bfloat16", "float16"],
-    "critic.batch_renorm.variance": ["biased", "unbiased"],
-    "critic.batch_renorm.form": ["unfolded", "folded"],
-    "critic.batch_renorm.order": ["after", "before"],
-    "algorithm.adv_type": ["embodied_sac"],
-    "algorithm.loss_type": ["embodied_sac"],
-    "algorithm.loss_agg_func": ["token-mean"],
-    "algorithm.agg_q": ["min", "mean"],
-    "algorithm.actor_agg_q": ["min", "mean"],
-    "algorithm.bootstrap_type": ["standard", "always"],
-    "algorithm.entropy_tuning.alpha_type": ["softplus", "exp", "fixed_alpha"],
-    "algorithm.entropy_tuning.objective": ["alpha", "log_alpha"],
-    "algorithm.replay_buffer.cache_device": ["auto", "cpu"],
-    "train.compile": ["auto", "always", "never"],
-    "train.engine": ["auto", "ddp", "fsdp", "deepspeed"],
-    "algorithm.replay_buffer.compression": ["none", "zstd"],
-    "compression": ["none", "zstd"],
-    "eval.metric": ["success_once", "success_at_end", "return"],
-    **{
-        f"{owner}.lr_scheduler": ["torch_constant", "linear", "cosine"]
-        for owner in (
-            "policy.optim",
-            "critic.optim",
-            "actor.optim",
-            "algorithm.entropy_tuning.optim",
-            "optim",
-        )
-    },
-}
-
-# dotted key (or its end) -> allowed interval; "(" and ")" exclude the bound
-INF = math.inf
-RANGES: dict[str, tuple[str, float, float, str]] = {
-    "env.num_envs": ("[", 1, 4096, "]"),
-    "env.max_episode_steps": ("[", 1, INF, ")"),
-    "env.render_every": ("[", 1, 1000, "]"),
-    "env.render_size": ("[", 16, 4096, "]"),
-    "env.worker_timeout": ("[", 1, 900, "]"),  # a few losses must fit into the hour that counts
-    "momentum": ("[", 0, 1, ")"),
-    "eps": ("(", 0, 1, "]"),
-    "r_max": ("[", 1, INF, ")"),
-    "d_max": ("[", 0, INF, ")"),
-    "warmup_steps": ("[", 0, INF, ")"),
-    "ramp_steps": ("[", 0, INF, ")"),
-    "lora_rank": ("[", 1, 1024, "]"),
-    "last_blocks": ("[", 1, INF, ")"),
-    "micro_batch": ("[", 1, INF, ")"),
-    "lr": ("[", 0, 1, "]"),
-    "final_lr": ("[", 0, 1, "]"),
-    "weight_decay": ("[", 0, 1, "]"),
-    "clip_grad": ("(", 0, INF, "]"),
-    "num_critics": ("[", 1, 100, "]"),
-    "hidden": ("[", 1, INF, ")"),
-    "betas": ("[", 0, 1, ")"),
-    "initial_std": ("[", 0.01, 1, "]"),
-    "average_decay": ("[", 0, 1, ")"),
-    "candidates": ("[", 1, 64, "]"),
-    "noise_bound": ("(", 0, 10, "]"),
-    "noise_std": ("[", 0.01, 2, "]"),
-    "residual_scale": ("(", 0, 2, "]"),
-    "residual_ramp_steps": ("[", 0, INF, ")"),
-    "anchor.weight": ("[", 0, INF, ")"),
-    "anchor.final_weight": ("[", 0, INF, ")"),
-    "decay_steps": ("[", 0, INF, ")"),
-    "demo.fraction": ("[", 0, 1, ")"),
-    "initial_alpha": ("(", 0, 100, "]"),
-    "group_size": ("[", 1, 1, "]"),
-    "update_epoch": ("[", 1, INF, ")"),
-    "batch_size": ("[", 2, INF, ")"),
-    "gamma": ("[", 0, 1, "]"),
-    "n_step": ("[", 1, 1000, "]"),
-    "policy_delay": ("[", 1, INF, ")"),
-    "tau": ("(", 0, 1, "]"),
-    "target_update_freq": ("[", 1, INF, ")"),
-    "critic_warmup_steps": ("[", 0, INF, ")"),
-    "cache_size": ("[", 1, INF, ")"),
-    "sample_window_size": ("[", 1, INF, ")"),
-    "min_buffer_size": ("[", 1, INF, ")"),
-    "segment_size": ("[", 1, INF, ")"),
-    "cache_bytes": ("[", 1, INF, ")"),
-    "max_bytes": ("[", 1, INF, ")"),
-    "prefetch": ("[", 0, 64, "]"),
-    "rollout.steps": ("[", 1, INF, ")"),
-    "random_steps": ("[", 0, INF, ")"),
-    "max_trajectory_steps": ("[", 1, INF, ")"),
-    "execute_steps": ("[", 1, INF, ")"),
-    "rollout.ahead": ("[", 1, 1000, "]"),
-    "eval.interval": ("[", 0, INF, ")"),
-    "eval.episodes": ("[", 1, 100_000, "]"),
-    "eval.num_envs": ("[", 1, 4096, "]"),
-    "eval.seed": ("[", 0, 2**30 - 1, "]"),
-    "final_seed": ("[", 0, 2**30 - 1, "]"),
-    "video_episodes": ("[", 1, 64, "]"),
-    "total_steps": ("[", 1, INF, ")"),
-    "checkpoint_interval": ("[", 1, INF, ")"),
-    "keep_checkpoints": ("[", 1, INF, ")"),
-    "log_interval": ("[", 1, INF, ")"),
-    "zero_stage": ("[", 1, 3, "]"),  # 3 is refused later, with the reason
-    "rank_timeout": ("(", 0, INF, ")"),
-    "threads": ("[", 1, 1024, "]"),
-    "chunk_size": ("[", 1, 1000, "]"),
-    "validation_fraction": ("[", 0, 1, ")"),
-    "max_trajectories": ("[", 1, INF, ")"),
-    "episodes": ("[", 1, 100_000, "]"),
-    "keypoints": ("[", 1, 1024, "]"),
-    "summary": ("[", 1, 4096, "]"),
-    "text_dim": ("[", 1, 4096, "]"),
-    "denoise_steps": ("[", 1, 1000, "]"),
-    "noise": ("[", 0, 2, "]"),
-    "max_steps_multiple": ("[", 1, INF, ")"),
-    "steps": ("[", 1, INF, ")"),
-    "seed": ("[", 0, 2**30 - 1, "]"),
-    "gpus": ("[", 1, 65_536, "]"),
-    "gpu_tflops": ("(", 0, INF, ")"),
-    "gpu_memory_gib": ("(", 0, INF, ")"),
-    "gpu_bandwidth": ("(", 0, INF, ")"),
-    "gflops": ("(", 0, INF, ")"),
-    "env_steps_per_s": ("(", 0, INF, ")"),
-    "assume.state_dim": ("[", 1, INF, ")"),
-    "assume.action_dim": ("[", 1, INF, ")"),
-    "assume.cameras": ("[", 1, 64, "]"),
-    "assume.image_size": ("[", 1, 16_384, "]"),
-    "assume.episode_steps": ("[", 1, INF, ")"),
-}
 
 
 def validate(config: Any) -> None:

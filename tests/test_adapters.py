@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny_flow import TinyFlow
 
-from embodied_rl.builders import build_env, build_policy, build_q_head, build_sac, demo_folder
+from embodied_rl.builders import build_env, build_policy, build_q_head, build_sac
+from embodied_rl.demonstrations import demo_folder
 from embodied_rl.errors import UserError
 from embodied_rl.policy import Policy
 from embodied_rl.registry import ACTORS

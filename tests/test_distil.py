@@ -16,14 +16,8 @@ from embodied_rl import demos, pretrain
 from embodied_rl.backbones.state import StateBackbone
 from embodied_rl.builders import build_env
 from embodied_rl.cloning import Examples
-from embodied_rl.config import (
-    ActorConfig,
-    DemosConfig,
-    OptimConfig,
-    PolicyConfig,
-    PretrainConfig,
-    TuneConfig,
-)
+from embodied_rl.command_configs import DemosConfig, PretrainConfig, TuneConfig
+from embodied_rl.config import ActorConfig, OptimConfig, PolicyConfig
 from embodied_rl.demonstrations import read_demos, read_meta, shown_spec
 from embodied_rl.errors import UserError
 from embodied_rl.evaluator import Evaluator

@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "embodied_rl"
 # From imported to importer. A module may import what stands in an earlier layer, never what stands
 # in its own or a later one, except where `WITHIN` allows it.
 LAYERS = (
-    ("errors", "types", "config", "registry"),
+    ("errors", "types", "config", "command_configs", "registry"),
+    ("allowed",),
     ("validate",),
     ("load_config",),
     ("interfaces",),
@@ -49,10 +50,12 @@ LAYERS = (
     ("collecting",),
     ("collecting_process",),
     ("remote_collector",),
+    ("collectors", "examiner", "recorder", "timetable"),
     ("trainer",),
     ("cli", "train", "evaluate", "pretrain", "demos", "doctor", "plan"),
 )
 WITHIN = {  # (importer, imported) of the same layer
+    ("command_configs", "config"),
     ("registry", "errors"),
     ("sac", "temperature"),
     ("sac", "trained_backbone"),

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from embodied_rl.config import Config, DemosConfig, EnvConfig
+from embodied_rl.command_configs import DemosConfig
+from embodied_rl.config import Config, EnvConfig
 from embodied_rl.envs.mixture import MixtureEnv
 from embodied_rl.envs.process import spec_from_json
 from embodied_rl.errors import UserError

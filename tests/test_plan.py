@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from embodied_rl import builders, plan
 from embodied_rl.collector import Collector
-from embodied_rl.config import PlanConfig
+from embodied_rl.command_configs import PlanConfig
 from embodied_rl.costs.devices import GIB, KNOWN, name_devices
 from embodied_rl.costs.estimate import estimate
 from embodied_rl.costs.measure import Cost

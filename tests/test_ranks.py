@@ -17,9 +17,8 @@ import torch
 from conftest import TINY
 from safetensors.torch import load_file
 
-from embodied_rl.builders import share
 from embodied_rl.checkpoint import read_checkpoint
-from embodied_rl.distributed import Ranks
+from embodied_rl.distributed import Ranks, share
 from embodied_rl.errors import UserError
 from embodied_rl.metrics import read_records
 from embodied_rl.replay.reader import read_all

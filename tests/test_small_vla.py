@@ -315,7 +315,7 @@ def test_pretrain_in_the_simulator(tmp_path, folders, capsys):
     """Demonstrations, pretraining and its evaluation by task, with tiny towers."""
     from test_multitask import ENV, TOLD
 
-    from embodied_rl.config import DemosConfig
+    from embodied_rl.command_configs import DemosConfig
     from embodied_rl.demos import collect
     from embodied_rl.envs.demonstrator import make_demonstrators
 

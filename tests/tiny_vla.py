@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model, PreTrainedTokenizerFast
 
 from embodied_rl.backbones.small_vla import SmallVLABackbone
-from embodied_rl.config import PretrainConfig, SmallVLAConfig
+from embodied_rl.command_configs import PretrainConfig, SmallVLAConfig
 from embodied_rl.types import ArraySpec, EnvSpec, Trajectory
 
 TOLD = ("push the cube", "pull the cube")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,32 +13,17 @@ from torch import Tensor, nn
 from transformers import PI0ForConditionalGeneration
 
 from embodied_rl.backbones.images import check_resize, to_pixels
-from embodied_rl.backbones.lerobot_folder import read_json
 from embodied_rl.backbones.lerobot_normalise import Normaliser
 from embodied_rl.backbones.pi0_context import Pi0Context
-from embodied_rl.backbones.pi0_inputs import check_cameras, state_vector
-from embodied_rl.backbones.pi0_network import (
-    CONFIG,
-    UNREAD,
-    build_network,
-    check_dtype,
-    from_lerobot,
-    from_transformers,
-    load_network,
-    network_dict,
-    published_names,
-)
-from embodied_rl.backbones.pi0_settings import (
-    PALIGEMMA,
-    Pi0Settings,
-    fit,
-    lerobot_settings,
-    transformers_settings,
-)
-from embodied_rl.backbones.pi0_training import draw_times, prefix_blocks, recomputed
-from embodied_rl.backbones.prompts import find_tokenizer, load_tokenizer, pad_prompts
-from embodied_rl.backbones.published_folder import write_folder
-from embodied_rl.config import PolicyConfig, PretrainConfig
+from embodied_rl.backbones.pi0_folder import load_folder, rebuild, write_trained
+from embodied_rl.backbones.pi0_inputs import state_vector
+from embodied_rl.backbones.pi0_network import network_dict
+from embodied_rl.backbones.pi0_prefix import average, encode, prefix_blocks
+from embodied_rl.backbones.pi0_settings import Pi0Settings, fit
+from embodied_rl.backbones.pi0_training import flow_loss
+from embodied_rl.backbones.prompts import pad_prompts
+from embodied_rl.command_configs import PretrainConfig
+from embodied_rl.config import PolicyConfig
 from embodied_rl.errors import UserError
 from embodied_rl.interfaces import FlowBackbone, Imitator
 from embodied_rl.types import INSTRUCTION, EnvSpec, Obs, Trajectory
@@ -145,22 +129,6 @@ class Pi0Backbone(FlowBackbone, Imitator):
         """The normalised state vector [B, n]."""
         return self.state.normalise(state_vector(obs, self.settings.state_keys))
 
-    def _encode(self, inputs: dict[str, Tensor]) -> Any:
-        """Runs the vision-language model: last hidden state [B, P, hidden], keys and values."""
-        model, mask = self.network.model, inputs["attention_mask"]
-        again = self.checkpointing and torch.is_grad_enabled()
-        with recomputed(self.network) if again else nullcontext():
-            embeds = model.embed_prefix(
-                inputs["input_ids"], inputs["pixel_values"], inputs["pixel_attention_mask"]
-            )
-            return model.vlm(
-                inputs_embeds=embeds,
-                attention_mask=mask,
-                position_ids=mask.cumsum(-1) - 1,
-                token_type_ids=torch.zeros_like(embeds)[:, :, 0],
-                use_cache=not again,
-            )
-
     def prefix(self, obs: Obs) -> tuple[Tensor, Pi0Context | None]:
         """Encodes images and instruction; features float32 whatever the network's precision.
 
@@ -169,18 +137,15 @@ class Pi0Backbone(FlowBackbone, Imitator):
         """
         inputs = self.inputs(obs)
         mask = inputs["attention_mask"]
-        encoded = self._encode(inputs)
+        again = self.checkpointing and torch.is_grad_enabled()
+        encoded = encode(self.network, inputs, recompute=again)
         context = None
         if encoded.past_key_values is not None:
             layers = encoded.past_key_values.layers
             keys, values = (tuple(getattr(la, k) for la in layers) for k in ("keys", "values"))
             context = Pi0Context(keys, values, mask, inputs["state"])
-        hidden = encoded.last_hidden_state.float()
         cameras = inputs["pixel_values"].shape[1]
-        split = cameras * self.image_tokens
-        seen = hidden[:, :split].unflatten(1, (cameras, self.image_tokens)).mean(2)
-        weight = mask[:, split:, None].to(hidden.dtype)
-        text = (hidden[:, split:] * weight).sum(1) / weight.sum(1)
+        seen, text = average(encoded.last_hidden_state.float(), mask, cameras, self.image_tokens)
         return torch.cat([seen.flatten(1), text, self._proprioception(obs).float()], 1), context
 
     def velocity(self, context: Pi0Context, noisy: Tensor, time: float) -> Tensor:
@@ -242,9 +207,7 @@ class Pi0Backbone(FlowBackbone, Imitator):
         """
         actions = self.action.normalise(chunks)
         actions = F.pad(actions, (0, self.noise_dim - actions.shape[-1])).to(self.precision)
-        noise = torch.randn(actions.shape, generator=generator).to(actions)
-        time = draw_times(self.network.config, len(actions), generator).to(actions.device)
-        return self.network(**inputs, actions=actions, noise=noise, timestep=time).loss
+        return flow_loss(self.network, inputs, actions, generator)
 
     @classmethod
     def for_demos(
@@ -282,21 +245,7 @@ class Pi0Backbone(FlowBackbone, Imitator):
         Raises:
             UserError: something in the folder or in `config` does not fit; says what.
         """
-        dtype = check_dtype(config.dtype)
-        given = read_json(folder / CONFIG)
-        where = str(folder / CONFIG)
-        if given.get("type") == "pi0":
-            network_config = from_lerobot(given, where)
-            settings, tokenizer = lerobot_settings(folder)
-        else:
-            network_config = from_transformers(given, where)
-            settings, tokenizer = transformers_settings(folder), PALIGEMMA
-        cameras = check_cameras(config.cameras, settings.camera_names)
-        settings.cameras = [list(pair) for pair in cameras.items()]
-        settings.state_keys = list(config.state)
-        settings.tokenizer = str(find_tokenizer(folder, config.tokenizer, tokenizer).resolve())
-        load_tokenizer(Path(settings.tokenizer))
-        network = load_network(folder, network_config, dtype)
+        network, settings = load_folder(folder, config)
         return cls(network, settings, config.dtype, str(folder.resolve()))
 
     def to_folder(self, folder: Path) -> None:
@@ -304,9 +253,7 @@ class Pi0Backbone(FlowBackbone, Imitator):
         if self.source is None:
             super().to_folder(folder)
         else:
-            names = published_names(self.network)
-            weights = self.network.state_dict()
-            write_folder(Path(self.source), folder, names, weights, UNREAD)
+            write_trained(self.network, Path(self.source), folder)
 
     def config_dict(self) -> dict[str, Any]:
         """Network, precision, source of the weights and settings."""
@@ -320,17 +267,7 @@ class Pi0Backbone(FlowBackbone, Imitator):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Pi0Backbone:
         """Rebuilds the module: weights from `source`, or random ones where that is null."""
-        settings = dict(config)
-        network_args, dtype_name, source = (
-            settings.pop(key) for key in ("network", "dtype", "source")
-        )
-        network_config = from_transformers(network_args, "the policy's config")
-        dtype = check_dtype(dtype_name)
-        if source is None:
-            network = build_network(network_config, dtype)
-        else:
-            network = load_network(Path(source), network_config, dtype)
-        return cls(network, Pi0Settings(**settings), dtype_name, source)
+        return cls(*rebuild(config))
 
     @classmethod
     def for_env(cls, spec: EnvSpec) -> Pi0Backbone:

@@ -9,21 +9,17 @@ from typing import Any
 import torch
 from transformers import PI0Config
 
-from embodied_rl.backbones.lerobot_folder import read_json
 from embodied_rl.backbones.pi0 import Pi0Backbone
+from embodied_rl.backbones.pi0_folder import read_folder
 from embodied_rl.backbones.pi0_inputs import check_cameras
 from embodied_rl.backbones.pi0_network import (
-    CONFIG,
     build_network,
     check_dtype,
-    from_lerobot,
     from_transformers,
 )
 from embodied_rl.backbones.pi0_settings import (
     PALIGEMMA,
     Pi0Settings,
-    lerobot_settings,
-    transformers_settings,
 )
 from embodied_rl.backbones.prompts import encode, find_tokenizer, load_tokenizer
 from embodied_rl.config import PolicyConfig
@@ -74,11 +70,7 @@ def _read(
     if folder is None:
         network, settings = PI0Config(), Pi0Settings()
     else:
-        given, where = read_json(folder / CONFIG), str(folder / CONFIG)
-        if given.get("type") == "pi0":
-            network, settings = from_lerobot(given, where), lerobot_settings(folder)[0]
-        else:
-            network, settings = from_transformers(given, where), transformers_settings(folder)
+        network, settings, _ = read_folder(folder)
     cameras = check_cameras(options.cameras, settings.camera_names)
     settings.cameras = [list(pair) for pair in cameras.items()]
     settings.state_keys, settings.tokenizer = list(options.state), options.tokenizer

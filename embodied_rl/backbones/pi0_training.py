@@ -1,50 +1,31 @@
-"""Training a π0: what of it may change, with less memory, and the times of its loss."""
+"""Training a π0 by imitation: the flow-matching loss, and the times that it draws."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PI0Config, PI0ForConditionalGeneration
 
 from embodied_rl.errors import UserError
 
 
-def prefix_blocks(network: PI0ForConditionalGeneration) -> list[nn.Module]:
-    """The parts between observation and features, in that order."""
-    vlm: Any = network.model.vlm
-    vision, text = vlm.vision_tower, vlm.language_model
-    layers = list(text.layers)
-    return [
-        vision.embeddings,
-        *vision.encoder.layers,
-        nn.ModuleList([vision.post_layernorm, vlm.multi_modal_projector]),
-        text.embed_tokens,
-        *layers[:-1],
-        nn.ModuleList([layers[-1], text.norm]),
-    ]
+def flow_loss(
+    network: PI0ForConditionalGeneration,
+    inputs: dict[str, Tensor],
+    actions: Tensor,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Flow-matching loss of normalised and padded chunks [B, H, W].
 
-
-@contextmanager
-def recomputed(network: PI0ForConditionalGeneration) -> Iterator[None]:
-    """Lets the layers of the prefix keep only their inputs for the backward pass.
-
-    transformers does so in training mode only. Just the layers themselves are put into it, not
-    what is inside them, so nothing else behaves as in training.
+    Args:
+        network: the model.
+        inputs: of the observations, preprocessed.
+        actions: the chunks, in the network's precision.
+        generator: draws noise and times, on the CPU; None: torch's default one.
     """
-    vlm: Any = network.model.vlm
-    layers = [*vlm.vision_tower.encoder.layers, *vlm.language_model.layers]
-    before = [layer.training for layer in layers]
-    try:
-        for layer in layers:
-            layer.training = True
-        yield
-    finally:
-        for layer, training in zip(layers, before, strict=True):
-            layer.training = training
+    noise = torch.randn(actions.shape, generator=generator).to(actions)
+    time = draw_times(network.config, len(actions), generator).to(actions.device)
+    return network(**inputs, actions=actions, noise=noise, timestep=time).loss
 
 
 def draw_times(config: PI0Config, count: int, generator: torch.Generator | None) -> Tensor:

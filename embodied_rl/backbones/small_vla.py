@@ -14,7 +14,7 @@ from typing_extensions import Self
 from embodied_rl.backbones import text, vision
 from embodied_rl.backbones.small_vla_head import MapReader, VelocityField
 from embodied_rl.backbones.towers import check_fingerprint
-from embodied_rl.config import PretrainConfig
+from embodied_rl.command_configs import PretrainConfig
 from embodied_rl.errors import UserError
 from embodied_rl.interfaces import FlowBackbone, Imitator
 from embodied_rl.types import INSTRUCTION, EnvSpec, Obs, Trajectory

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embodied_rl.config import PretrainConfig
+from embodied_rl.command_configs import PretrainConfig
 from embodied_rl.errors import UserError
 from embodied_rl.interfaces import Imitator
 from embodied_rl.nn import mlp

@@ -9,6 +9,7 @@ from embodied_rl.distributed.launch import join, leave, train_command
 from embodied_rl.distributed.local import LocalEngine, LocalTrainable
 from embodied_rl.distributed.optimised import Optimised
 from embodied_rl.distributed.ranks import Ranks
+from embodied_rl.distributed.shares import share
 
 __all__ = [
     "DdpEngine",
@@ -20,5 +21,6 @@ __all__ = [
     "choose_engine",
     "join",
     "leave",
+    "share",
     "train_command",
 ]

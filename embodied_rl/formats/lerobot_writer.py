@@ -13,19 +13,21 @@ from torch import Tensor
 
 from embodied_rl.errors import UserError
 from embodied_rl.formats import lerobot as layout
+from embodied_rl.formats.lerobot_features import (
+    NEXT,
+    dtype_name,
+    feature_name,
+    number_feature,
+    row_spec,
+    video_feature,
+)
 from embodied_rl.formats.lerobot_files import MB, ParquetFiles, VideoFiles
 from embodied_rl.formats.recording import Recording, check_single_steps, same
 from embodied_rl.formats.statistics import Statistics, describe, describe_images, merge
-from embodied_rl.formats.video import CODEC, pixel_format
 from embodied_rl.types import Trajectory
 
 REST_BYTES = 64 * MB  # a file of what LeRobot has no place for
 EPISODES_AT_ONCE = 100  # rows of episode metadata per row group
-NEXT = {  # what a step leads to: our field, LeRobot's feature
-    "reward": layout.REWARD,
-    "truncated": layout.TRUNCATED,
-    "success": layout.SUCCESS,
-}
 
 
 def write_lerobot(folder: Path, recording: Recording, task: str, fps: int) -> int:
@@ -133,9 +135,11 @@ class _Dataset:
         )
 
     def _check_fields(self, fields: dict[str, Tensor]) -> None:
-        found = {name: _row_spec(value) for name, value in fields.items()}
+        found = {name: row_spec(value) for name, value in fields.items()}
         if not self._fields:
-            self._fields = {n: {"feature": _feature(n, fields[n]), **s} for n, s in found.items()}
+            self._fields = {
+                n: {"feature": feature_name(n, fields[n]), **s} for n, s in found.items()
+            }
             self._plan(fields)
             return
         known = {n: {k: f[k] for k in ("dtype", "shape")} for n, f in self._fields.items()}
@@ -155,13 +159,13 @@ class _Dataset:
             if name.startswith("obs.") and layout.is_image(value):
                 height, width = value.shape[1:3]
                 self._videos[feature] = VideoFiles(self.folder, feature, (height, width), self.fps)
-                self._features[feature] = _video_feature(height, width, self.fps)
+                self._features[feature] = video_feature(height, width, self.fps)
                 continue
             shape = value.shape[2:] if name == "action" else value.shape[1:]
-            self._features[feature] = _number_feature(_dtype(value), list(shape))
-        self._features[layout.DONE] = _number_feature("bool", [])
+            self._features[feature] = number_feature(dtype_name(value), list(shape))
+        self._features[layout.DONE] = number_feature("bool", [])
         for name, dtype in layout.INDEX_FEATURES.items():
-            self._features[name] = _number_feature(dtype, [])
+            self._features[name] = number_feature(dtype, [])
 
     def _field_of(self, feature: str) -> str:
         return next(n for n, f in self._fields.items() if f["feature"] == feature)
@@ -253,44 +257,6 @@ class _Dataset:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(value, indent=4) + "\n", encoding="utf-8")
-
-
-def _feature(name: str, value: Tensor) -> str | None:
-    """LeRobot's name for a field; None where it has none."""
-    if name.startswith("obs."):
-        prefix = layout.IMAGES if layout.is_image(value) else layout.OBS
-        return prefix + name.removeprefix("obs.").replace("/", ".")
-    return layout.ACTION if name == "action" else NEXT.get(name)
-
-
-def _dtype(value: Tensor) -> str:
-    return str(value.dtype).removeprefix("torch.")
-
-
-def _row_spec(value: Tensor) -> dict[str, Any]:
-    return {"dtype": _dtype(value), "shape": list(value.shape[1:])}
-
-
-def _number_feature(dtype: str, shape: list[int]) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape or [1], "names": None}
-
-
-def _video_feature(height: int, width: int, fps: int) -> dict[str, Any]:
-    return {
-        "dtype": "video",
-        "shape": [height, width, 3],
-        "names": ["height", "width", "channels"],
-        "info": {
-            "video.height": height,
-            "video.width": width,
-            "video.codec": "h264" if CODEC == "libx264" else CODEC,
-            "video.pix_fmt": pixel_format(height, width),
-            "video.fps": fps,
-            "video.channels": 3,
-            "has_audio": False,
-            "is_depth_map": False,
-        },
-    }
 
 
 def _prefixed(prefix: str, values: dict[str, Any]) -> dict[str, Any]:

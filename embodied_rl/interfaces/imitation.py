@@ -13,7 +13,7 @@ from embodied_rl.interfaces.backbone import Backbone
 from embodied_rl.types import Obs, Trajectory
 
 if TYPE_CHECKING:
-    from embodied_rl.config import PretrainConfig
+    from embodied_rl.command_configs import PretrainConfig
 
 
 class Imitator(Backbone, ABC):

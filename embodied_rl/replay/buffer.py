@@ -14,14 +14,18 @@ from embodied_rl.config import AlgorithmConfig
 from embodied_rl.errors import ReplayNotReady
 from embodied_rl.interfaces import ReplayBuffer
 from embodied_rl.replay.cache import TrajectoryCache
+from embodied_rl.replay.damage import LostError
 from embodied_rl.replay.gather import Draw, TransitionReader
 from embodied_rl.replay.prefetch import Prefetcher
-from embodied_rl.replay.reader import LostError, StoreReader
+from embodied_rl.replay.reader import StoreReader
 from embodied_rl.replay.store import TrajectoryStore
 from embodied_rl.replay.window import Window
 from embodied_rl.types import Batch, Features, Obs, Trajectory
 
-CHECKPOINTS = 2  # the newest ones, whose evicted trajectories stay on disk
+# The newest checkpoints, whose evicted trajectories stay on disk: the one being saved, and the one
+# to go back to if that fails. Not `train.keep_checkpoints`: with many nothing would ever leave the
+# disk, and with one a crash while saving would leave none that resumes exactly.
+CHECKPOINTS = 2
 
 
 class TrajectoryReplay(ReplayBuffer):

@@ -13,7 +13,8 @@ from torch import Tensor
 from embodied_rl.config import AlgorithmConfig
 from embodied_rl.replay import returns
 from embodied_rl.replay.cache import NOT_HELD, TrajectoryCache
-from embodied_rl.replay.reader import LostError, StoreReader
+from embodied_rl.replay.damage import LostError
+from embodied_rl.replay.reader import StoreReader
 from embodied_rl.types import PREFIX
 
 HUGE = 4 * 2**20  # bytes from which numpy asks for huge pages

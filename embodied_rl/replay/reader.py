@@ -1,6 +1,6 @@
 """Reading a trajectory store without ever changing it.
 
-    <folder>/meta.json                       format, version, and what the trajectories share
+    <folder>/meta.json                       format, version, and what all share (`meta.py`)
     <folder>/index.jsonl                     one line per event (`index.py`)
     <folder>/segment-000000000.safetensors   named by its first trajectory (`segment.py`)
 
@@ -9,12 +9,9 @@ docs/replay_format.md describes the format for other readers.
 
 from __future__ import annotations
 
-import json
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,28 +19,15 @@ from torch import Tensor
 
 from embodied_rl.errors import UserError
 from embodied_rl.replay.column import Column
+from embodied_rl.replay.damage import CORRUPT, DamagedError, LostError
 from embodied_rl.replay.index import Index, Listed, read_index
-from embodied_rl.replay.segment import DamagedError, SegmentFile
+from embodied_rl.replay.meta import read_meta
+from embodied_rl.replay.open_segments import OpenSegments
+from embodied_rl.replay.segment import SegmentFile
 from embodied_rl.types import Trajectory
 
-FORMAT, VERSION = "embodied_rl.replay", 2
-META = "meta.json"
-OPEN_FILES = 256  # memory maps held open; each holds a file descriptor
 AHEAD = 4096  # bytes of a row from which on the kernel is asked to read ahead
-CORRUPT = ".corrupt"
 NOWHERE = -1
-
-
-class LostError(Exception):
-    """Trajectories turned out to be damaged when they were read.
-
-    Attributes:
-        numbers: theirs.
-    """
-
-    def __init__(self, numbers: list[int]) -> None:
-        super().__init__(f"trajectories {numbers} are damaged")
-        self.numbers = numbers
 
 
 class StoreReader:
@@ -66,10 +50,10 @@ class StoreReader:
         self.first = 0  # trajectories below are evicted
         self._lengths, self._segment, self._row = Column(), Column(), Column()
         self._verified = Column()
-        self._files: OrderedDict[int, SegmentFile] = OrderedDict()
+        self._files = OpenSegments(folder)
         self._names: list[str] = []
         self._lock = threading.RLock()  # prefetching reads from a thread of its own
-        self.meta = self._read_meta()
+        self.meta = read_meta(folder)
         index = self._load()
         if any(not (folder / s.file).exists() for s in self.segments if not self._gone(s)):
             index = self._load()  # a writer may have evicted between index and files
@@ -185,21 +169,7 @@ class StoreReader:
         self._files.clear()
 
     def _file(self, segment: int) -> SegmentFile:
-        file = self._files.get(segment)
-        if file is None:
-            path = self.folder / self.segments[segment].file
-            try:
-                file = SegmentFile(path)
-            except FileNotFoundError:
-                raise UserError(
-                    f"{path} is gone: the run that writes {self.folder} evicted it meanwhile. "
-                    "Open the folder again."
-                ) from None
-            self._files[segment] = file
-            if len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)
-        self._files.move_to_end(segment)
-        return file
+        return self._files.get(segment, self.segments[segment].file)
 
     def _verify_now(self, numbers: np.ndarray) -> None:
         """Checks trajectories that were not read before."""
@@ -227,22 +197,6 @@ class StoreReader:
 
     def _gone(self, segment: Listed) -> bool:
         return segment.first + len(segment.lengths) <= self.first
-
-    def _read_meta(self) -> dict[str, Any]:
-        path = self.folder / META
-        if not path.is_file():
-            raise UserError(f"{self.folder} holds no {META}, so it is not a trajectory folder.")
-        try:
-            meta = json.loads(path.read_text(encoding="utf-8"))
-            found = meta["format"], meta["version"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error!r}). Copy the folder again.") from None
-        if found != (FORMAT, VERSION):
-            raise UserError(
-                f"{path} says format {found[0]!r} version {found[1]!r}; this version of "
-                f"embodied_rl reads {FORMAT!r} version {VERSION}. Use the version that wrote it."
-            )
-        return meta
 
     def _load(self) -> Index:
         """Reads the index and matches it with the segments that are there."""

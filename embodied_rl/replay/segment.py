@@ -29,6 +29,7 @@ from torch import Tensor
 
 from embodied_rl.manifest import sync
 from embodied_rl.replay.codec import Compressor, decompress
+from embodied_rl.replay.damage import DamagedError
 from embodied_rl.types import Trajectory
 
 BOUNDS = "#bounds"
@@ -65,10 +66,6 @@ class Segment:
     checksums: list[int]
     size: int
     compressed: dict[str, list[Any]] = field(default_factory=dict)
-
-
-class DamagedError(Exception):
-    """A segment's bytes are not what was written; the message says what is wrong."""
 
 
 def write_segment(

@@ -7,8 +7,6 @@ crash at any byte loses at most the trajectories that were not yet flushed.
 from __future__ import annotations
 
 import fcntl
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,10 @@ from torch import Tensor
 
 from embodied_rl.errors import UserError
 from embodied_rl.replay.codec import Compressor
+from embodied_rl.replay.damage import CORRUPT
 from embodied_rl.replay.index import Listed, append_event, segment_event, write_index
-from embodied_rl.replay.reader import CORRUPT, FORMAT, META, NOWHERE, VERSION, StoreReader
+from embodied_rl.replay.meta import write_meta
+from embodied_rl.replay.reader import NOWHERE, StoreReader
 from embodied_rl.replay.segment import write_segment
 from embodied_rl.types import Trajectory
 
@@ -63,7 +63,7 @@ class TrajectoryStore(StoreReader):
             self._held = _hold(folder)
             for leftover in folder.glob("*.tmp"):
                 leftover.unlink()
-            _write_meta(folder, meta)
+            write_meta(folder, meta)
         except OSError as error:
             raise _unwritable(folder, error) from error
         super().__init__(folder)
@@ -217,7 +217,7 @@ class TrajectoryStore(StoreReader):
         self._index.evicted = doomed[-1].first + len(doomed[-1].lengths)
         append_event(self.folder, {"evicted": self._index.evicted})
         for position, segment in enumerate(doomed, self._deleted_upto):
-            self._files.pop(position, None)
+            self._files.drop(position)
             (self.folder / segment.file).unlink(missing_ok=True)
             self._index.segments.pop(segment.file, None)
         self._deleted_upto = stop
@@ -269,19 +269,6 @@ def _hold(folder: Path) -> Any:
             "another run_dir."
         ) from None
     return file
-
-
-def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
-    path = folder / META
-    if path.exists():
-        return
-    temporary = folder / f"{META}.tmp"
-    document = {"format": FORMAT, "version": VERSION, **meta}
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(document, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
 
 
 def _unwritable(folder: Path, error: BaseException) -> UserError:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from embodied_rl.errors import UserError
-from embodied_rl.replay.reader import FORMAT, META, VERSION, StoreReader
+from embodied_rl.replay.meta import FORMAT, META, VERSION
+from embodied_rl.replay.reader import StoreReader
 from embodied_rl.types import Trajectory
 
 INSIDE = ("replay", "demos")  # where a run folder and a policy folder keep their store
