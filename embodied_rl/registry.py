@@ -84,6 +84,7 @@ SKETCHES = Registry(
         "small_vla": "embodied_rl.backbones.sketches:sketch_small_vla",
         "pi0": "embodied_rl.backbones.pi0_sketch:sketch_pi0",
         "act": "embodied_rl.backbones.act_sketch:sketch_act",
+        "smolvla": "embodied_rl.backbones.smolvla_sketch:sketch_smolvla",
     },
 )
 # `type` or `model_type` in the config.json of another project's policy folder -> backbone

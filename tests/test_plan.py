@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from embodied_rl import builders, plan
 from embodied_rl.collector import Collector
 from embodied_rl.command_configs import PlanConfig
+from embodied_rl.config import PolicyConfig
 from embodied_rl.costs.devices import GIB, KNOWN, name_devices
 from embodied_rl.costs.estimate import estimate
 from embodied_rl.costs.measure import Cost
@@ -24,7 +25,7 @@ from embodied_rl.errors import UserError
 from embodied_rl.guard import Guard
 from embodied_rl.interfaces.sketch import Assumed
 from embodied_rl.load_config import load_config
-from embodied_rl.policy import SHIPPED
+from embodied_rl.policy import SHIPPED, Policy
 from embodied_rl.registry import BACKBONES, SKETCHES
 
 pytestmark = pytest.mark.unit
@@ -323,6 +324,32 @@ def test_an_image_size_that_the_policy_never_saw():
         pytest.skip("not shipped yet")
     with pytest.raises(UserError, match=r"trained with 8 x 8. Set assume\.image_size="):
         planned("policy.path=pushpull_small_vla", image_size=224)
+
+
+def test_smolvla(tmp_path):
+    """Without its weights; our own folder of it gives the same plan."""
+    from tiny_rgb import SPEC, STATE
+    from tiny_smolvla import A, H, M, W, write
+
+    folder = write(tmp_path / "smolvla", cameras=("base_camera", "hand_camera"))
+    policy = Policy(BACKBONES.get("smolvla").from_folder(folder, PolicyConfig()), "smolvla")
+    policy.backbone.check_env(SPEC)
+    policy.save_pretrained(tmp_path / "own")
+    (folder / "model.safetensors").unlink()
+    found = planned.__wrapped__(f"policy.path={folder}")
+    backbone = found.draft.policy.backbone
+    assert (backbone.chunk_size, backbone.action_dim, backbone.noise_dim) == (H, A, W)
+    assert backbone.feature_dim == (2 + 2) * M + STATE
+    assert found.parts[0].count == sum(p.numel() for p in policy.backbone.parameters())
+    assert found.costs.prefix.flops > 0 and found.costs.denoise.flops > 0
+    read = backbone.prompt_ids.shape[1]
+    (folder / "tokenizer.json").unlink()
+    longest = planned.__wrapped__(f"policy.path={folder}")
+    assert 0 < read < longest.draft.policy.backbone.prompt_ids.shape[1] == 48
+    assert any("instructions: 48 tokens" in note for note in longest.assumed.notes)
+    own = planned.__wrapped__(f"policy.path={tmp_path / 'own'}")
+    assert own.parts[0].count == found.parts[0].count
+    assert own.draft.policy.backbone.prompt_ids.shape[0] == len(SPEC.instructions)
 
 
 def test_act(tmp_path):

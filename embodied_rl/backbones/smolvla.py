@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,31 +12,25 @@ from torch import Tensor, nn
 
 from embodied_rl.backbones.images import to_pixels
 from embodied_rl.backbones.lerobot_buffers import split_buffers
-from embodied_rl.backbones.lerobot_folder import CONFIG, read_json, read_lerobot, read_tensors
+from embodied_rl.backbones.lerobot_folder import read_tensors
 from embodied_rl.backbones.lerobot_normalise import Normaliser
-from embodied_rl.backbones.pi0_inputs import check_cameras, state_vector
+from embodied_rl.backbones.pi0_inputs import state_vector
 from embodied_rl.backbones.pi0_network import check_dtype
-from embodied_rl.backbones.pi0_settings import Pi0Settings, fit
-from embodied_rl.backbones.prompts import find_tokenizer, load_tokenizer, pad_prompts
+from embodied_rl.backbones.pi0_settings import fit
+from embodied_rl.backbones.prompts import pad_prompts
+from embodied_rl.backbones.smolvla_folder import (
+    WEIGHTS,
+    SmolVLASettings,
+    read_smolvla,
+    tokenizer_of,
+)
 from embodied_rl.backbones.smolvla_network import SmolVLAContext, SmolVLANetwork
-from embodied_rl.backbones.smolvla_sizes import SMOLVLM, SmolVLASizes, read_sizes
+from embodied_rl.backbones.smolvla_sizes import SmolVLASizes
 from embodied_rl.backbones.smolvla_weights import build_network, load_network
 from embodied_rl.config import PolicyConfig
 from embodied_rl.errors import UserError
 from embodied_rl.interfaces import FlowBackbone
 from embodied_rl.types import INSTRUCTION, EnvSpec, Obs
-
-WEIGHTS = "model.safetensors"
-STEPS = frozenset({"smolvla_new_line_processor"})
-
-
-@dataclass
-class SmolVLASettings(Pi0Settings):
-    """Everything around the network, as for π0; prompts begin with no special token."""
-
-    bos: ClassVar[str | None] = None
-    gated: ClassVar[bool] = False
-    resize: str = "smolvla"
 
 
 class SmolVLABackbone(FlowBackbone):
@@ -177,34 +171,9 @@ class SmolVLABackbone(FlowBackbone):
             UserError: something in the folder or in `config` does not fit; says what.
         """
         dtype = check_dtype(config.dtype)
-        given = read_json(folder / CONFIG)
-        sizes = read_sizes(given, str(folder / CONFIG))
         weights, buffers = split_buffers(read_tensors(folder / WEIGHTS))
-        told = read_lerobot(folder, STEPS, buffers=buffers)
-        tokens = told.tokenizer
-        settings = SmolVLASettings(
-            state=told.state.config_dict(),
-            action=told.action.config_dict(),
-            camera_names=list(told.cameras),
-            state_dim=told.state_dim,
-            action_dim=told.action_dim,
-            max_prompt=int(tokens.get("max_length", given.get("tokenizer_max_length", 48))),
-            state_keys=list(config.state),
-        )
-        for what, size, statistics in (
-            ("state", told.state_dim, told.state.size),
-            ("action", told.action_dim, told.action.size),
-        ):
-            if size is not None and statistics is not None and size != statistics:
-                raise UserError(
-                    f"{folder}: the {what} has {size} entries in {CONFIG}, but {statistics} in the "
-                    "statistics. Write the folder again with LeRobot."
-                )
-        cameras = check_cameras(config.cameras, settings.camera_names)
-        settings.cameras = [list(pair) for pair in cameras.items()]
-        path = _tokenizer(folder, config.tokenizer, str(given.get("vlm_model_name", SMOLVLM)))
-        load_tokenizer(path, settings.bos)
-        settings.tokenizer = str(path.resolve())
+        sizes, settings = read_smolvla(folder, buffers, config)
+        settings.tokenizer = str(tokenizer_of(folder, config.tokenizer).resolve())
         network = load_network(weights, sizes, dtype, str(folder))
         return cls(network, settings, config.dtype, str(folder.resolve()))
 
@@ -239,12 +208,3 @@ class SmolVLABackbone(FlowBackbone):
             f"policy.backbone=smolvla cannot be trained from scratch on {spec.name}. Set "
             "policy.path to a SmolVLA folder in LeRobot's layout."
         )
-
-
-def _tokenizer(folder: Path, given: str | None, name: str) -> Path:
-    """Where the tokenizer is: as given, in the vision-language model's folder, or the policy's."""
-    own = Path(name).expanduser()
-    if given is None and not (folder / "tokenizer.json").is_file() and own.is_dir():
-        return find_tokenizer(own, None, SMOLVLM, gated=False)
-    repo = name if name.count("/") == 1 else SMOLVLM
-    return find_tokenizer(folder, given, repo, gated=False)

@@ -101,8 +101,8 @@ class SmolVLANetwork(nn.Module):
         Returns:
             the last hidden state [B, P, M], normalised, and the context.
         """
-        vision, hidden = self.vlm.vision_model, self.sizes.hidden
-        seen = vision(pixel_values=pixels.flatten(0, 1)).last_hidden_state
+        hidden = self.sizes.hidden
+        seen = see(self.vlm.vision_model, pixels.flatten(0, 1))
         seen = self.vlm.connector(seen).unflatten(0, pixels.shape[:2]).flatten(1, 2)
         words = self.vlm.text_model.embed_tokens(ids)
         scale = math.sqrt(hidden)
@@ -173,6 +173,17 @@ class SmolVLANetwork(nn.Module):
             *layers[:-1],
             nn.ModuleList([layers[-1], text.norm]),
         ]
+
+
+def see(vision: Any, pixels: Tensor) -> Tensor:
+    """The vision tower's last hidden state [N, patches, width] of images [N, 3, h, h].
+
+    Its own forward looks at a mask on the host first, in which every patch is there.
+    """
+    side = pixels.shape[-1] // vision.patch_size
+    whole = torch.ones(len(pixels), side, side, dtype=torch.bool, device=pixels.device)
+    patches = vision.embeddings(pixel_values=pixels, patch_attention_mask=whole)
+    return vision.post_layernorm(vision.encoder(inputs_embeds=patches).last_hidden_state)
 
 
 def split(x: Tensor, size: int) -> Tensor:
