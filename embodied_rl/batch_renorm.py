@@ -178,22 +178,24 @@ class _Renormalise(torch.autograd.Function):
             mean, var, rows = _combine(mean, var, rows, module.gather)
         inv_std = (var + module.eps).rsqrt()
         r, d = module.corrections(mean, var)
-        ctx.save_for_backward(x, weight * r, mean, inv_std, r, d)
+        slope = weight * r * inv_std
+        ctx.save_for_backward(x, slope, mean, inv_std, r, d)
         ctx.mark_non_differentiable(mean, var)
         ctx.rows, ctx.gather = rows, module.gather
-        x_hat = (x - mean) * inv_std
-        return torch.addcmul(weight * d + bias, x_hat, weight * r), mean, var
+        return torch.addcmul(weight * d + bias, x - mean, slope), mean, var
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, mean, inv_std, r, d = ctx.saved_tensors
-        x_hat = (x - mean) * inv_std
-        to_shift, to_scale = gradients[0].sum(0), (gradients[0] * x_hat).sum(0)
-        shift, slope = to_shift, to_scale
+        x, slope, mean, inv_std, r, d = ctx.saved_tensors
+        (gradient, *_), centred = gradients, x - mean
+        to_shift, to_scale = gradient.sum(0), (gradient * centred).sum(0) * inv_std
+        whole_shift, whole_scale = to_shift, to_scale
         if ctx.gather is not None:
-            shift, slope = ctx.gather(torch.stack([to_shift, to_scale])).sum(0)
-        to_x = (gradients[0] - shift / ctx.rows - x_hat * (slope / ctx.rows)) * (scale * inv_std)
+            whole_shift, whole_scale = ctx.gather(torch.stack([to_shift, to_scale])).sum(0)
+        # with all that is a number per feature apart, one pass over the rows has little to compute
+        offset, tilt = slope * whole_shift / ctx.rows, slope * inv_std * whole_scale / ctx.rows
+        to_x = gradient * slope - centred * tilt - offset
         return to_x, torch.addcmul(to_shift * d, to_scale, r), to_shift, None
 
 

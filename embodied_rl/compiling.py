@@ -44,6 +44,9 @@ class Compiled(Generic[Result]):
             # millisecond; sizes are checked in the compiled code again
             "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
             "compile_threads": 1,  # no processes of its own, which Ctrl-C would hit too
+            # what has many operations is kept rather than computed again per element: the factors
+            # of Batch Renormalisation, a number per feature, were made anew for every row
+            "realize_opcount_threshold": 5,
         }
         fast = torch.compile(_own(self._plain), fullgraph=True, dynamic=False, options=options)
         try:

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam as functional_adam
 
-
-@torch.library.custom_op(
-    "embodied_rl::adam", mutates_args=("parameters", "exp_avgs", "exp_avg_sqs", "steps")
+EPS = 1e-8
+# defined by its schema: what torch.library.custom_op wraps around a function costs more than Adam
+_LIBRARY = torch.library.Library("embodied_rl", "DEF")
+_LIBRARY.define(
+    "adam(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] exp_avgs, "
+    "Tensor(c!)[] exp_avg_sqs, Tensor[] steps, Tensor rate, float beta1, float beta2, "
+    "float weight_decay) -> ()"
 )
+
+
 def adam(
     parameters: list[Tensor],
     gradients: list[Tensor],
@@ -28,30 +33,53 @@ def adam(
     """Takes one step of Adam, or of AdamW where there is weight decay.
 
     Args:
-        parameters: moved in place.
+        parameters: of one dtype, moved in place.
         gradients: theirs.
-        exp_avgs: first moments.
-        exp_avg_sqs: second moments.
-        steps: scalars, one per parameter: steps taken so far.
-        rate: scalar, the learning rate.
+        exp_avgs: first moments, moved in place.
+        exp_avg_sqs: second moments, moved in place.
+        steps: scalars, one per parameter: steps taken so far, this one included.
+        rate: scalar, the learning rate, on the parameters' device.
         beta1: decay of the first moments.
         beta2: decay of the second moments.
         weight_decay: decoupled (Loshchilov and Hutter 2019); 0 for none.
     """
-    functional_adam(
+    torch.ops.embodied_rl.adam(
+        parameters, gradients, exp_avgs, exp_avg_sqs, steps, rate, beta1, beta2, weight_decay
+    )
+
+
+def _adam(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    rate: Tensor,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+) -> None:
+    kernel = torch.ops.aten._fused_adamw_ if weight_decay > 0 else torch.ops.aten._fused_adam_
+    kernel(
         parameters,
         gradients,
         exp_avgs,
         exp_avg_sqs,
         [],
         steps,
-        fused=True,
-        amsgrad=False,
+        lr=rate,
         beta1=beta1,
         beta2=beta2,
-        lr=rate,  # type: ignore[arg-type]
         weight_decay=weight_decay,
-        eps=1e-8,
+        eps=EPS,
+        amsgrad=False,
         maximize=False,
-        decoupled_weight_decay=weight_decay > 0,
     )
+
+
+_LIBRARY.impl("adam", _adam, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("embodied_rl::adam")
+def _adam_fake(*args: object) -> None:
+    """Shapes only: nothing comes back."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -38,16 +39,12 @@ class LocalTrainable(Optimised):
     @torch.no_grad()
     def apply(self, gradients: list[Tensor]) -> None:
         """Takes one Adam step; with weight decay AdamW's (Loshchilov and Hutter 2019)."""
-        adam(
-            self.parameters,
-            gradients,
-            self.exp_avgs,
-            self.exp_avg_sqs,
-            self.steps,
-            self.rate,
-            *self.betas,
-            self.weight_decay,
-        )
+        torch.ops.aten._foreach_add_(self.steps, 1)
+        lists = (self.parameters, gradients, self.exp_avgs, self.exp_avg_sqs, self.steps)
+        for kind in dict.fromkeys(p.dtype for p in self.parameters):  # one call for each
+            kept = [p.dtype == kind for p in self.parameters]
+            values, slopes, means, squares, steps = (list(compress(t, kept)) for t in lists)
+            adam(values, slopes, means, squares, steps, self.rate, *self.betas, self.weight_decay)
 
     @property
     def learning_rate(self) -> float:
