@@ -149,6 +149,8 @@ class Deal:
 
     def _share(self, parts: Sequence[Any]) -> Any:
         """This process's part of what has a row for each environment, or of dictionaries of it."""
+        if parts[0] is None:  # of environments: the checkpoint was written before the first episode
+            return None
         if isinstance(parts[0], dict):
             return {key: self._share([part[key] for part in parts]) for key in parts[0]}
         tensors = isinstance(parts[0], Tensor)
