@@ -63,6 +63,35 @@ def deal(run_dir: Path, ranks: Ranks, seed: int) -> Deal | None:
     return dealt
 
 
+def has_begun(checkpoints: Checkpoints, run_dir: Path, ranks: Ranks) -> bool:
+    """Whether there is a checkpoint to go on from; without, the run ended before its first one.
+
+    The first process saves last, so that its folder alone says so: others may have theirs by then.
+
+    Raises:
+        UserError: some processes do not find theirs, and to begin anew would spoil the run.
+    """
+    empty = ranks.gather_json(checkpoints.empty)
+    elsewhere = ranks.any(_goes_further(run_dir))  # as where two machines have changed places
+    lacking = [rank for rank, none in enumerate(empty) if none]
+    if not lacking or (empty[0] and not elsewhere):
+        return not lacking
+    folders = [own_folder(run_dir, r, ranks.world) if r else run_dir for r in lacking]
+    raise UserError(
+        f"ranks {lacking} of {ranks.world} find no checkpoint in "
+        f"{', '.join(str(folder / CHECKPOINTS) for folder in folders)}, though the run has some. "
+        "Copy what is missing to the machine of its rank, or use a shared file system. Another "
+        "number of processes needs these folders as well; without them, begin anew with another "
+        "run_dir=."
+    )
+
+
+def _goes_further(run_dir: Path) -> bool:
+    """Whether some process's checkpoint of after the start is on this machine."""
+    found = (p for own in ("", f"{RANKS}/*/") for p in run_dir.glob(f"{own}{CHECKPOINTS}/*step_*"))
+    return any(path.name[-1].isdigit() and not path.name.endswith(step_name(0)) for path in found)
+
+
 def common_steps(checkpoints: Checkpoints, ranks: Ranks) -> set[int] | None:
     """Steps of the checkpoints that all processes have whole; None for a process alone.
 

@@ -15,7 +15,7 @@ from embodied_rl.collectors import build_collector
 from embodied_rl.config import Config
 from embodied_rl.diagnostics import Diagnostics
 from embodied_rl.distributed import Ranks, train_command
-from embodied_rl.elastic import Deal, common_steps
+from embodied_rl.elastic import Deal, common_steps, has_begun
 from embodied_rl.errors import RunStopped
 from embodied_rl.examiner import Examiner
 from embodied_rl.generators import Generators
@@ -132,8 +132,11 @@ class Trainer:
 
         Raises:
             RunStopped: broken numbers, or simulators that keep dying; names the last checkpoint.
+            UserError: some processes do not find their checkpoints.
         """
-        begun = self.deal is not None or (resume and not self.ranks.any(self.checkpoints.empty))
+        begun = self.deal is not None or (
+            resume and has_begun(self.checkpoints, self._whole_run, self.ranks)
+        )
         if self.deal is not None:
             self.deal.hand_over(self.checkpoints, self.replay)
         elif begun:
@@ -176,11 +179,15 @@ class Trainer:
         last = self.checkpoints.last
         if last is None:
             return "There is no checkpoint yet."
-        whole_run = self.run_dir if self.ranks.rank == 0 else self.run_dir.parent.parent
         return (
             f"The last good checkpoint, {last}, is intact; to continue from it: "
-            f"{train_command(self.ranks.world)} resume={whole_run}"
+            f"{train_command(self.ranks.world)} resume={self._whole_run}"
         )
+
+    @property
+    def _whole_run(self) -> Path:
+        """The run's folder; `run_dir` is that of this process."""
+        return self.run_dir if self.ranks.rank == 0 else self.run_dir.parent.parent
 
     def _start(self) -> None:
         different = self.collector.start()

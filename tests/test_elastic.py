@@ -3,17 +3,55 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
+from typing import Any
 
 import pytest
-from test_ranks import WORDS, finish
+from test_ranks import TIMEOUT, WORDS, finish, start
 
-from embodied_rl.checkpoint import step_name
+from embodied_rl.checkpoint import Checkpoints, step_name
+from embodied_rl.distributed import Ranks
+from embodied_rl.elastic import has_begun
+from embodied_rl.errors import UserError
 from embodied_rl.metrics import read_records
 from embodied_rl.train import main
 
-pytestmark = pytest.mark.dist
 OTHER = Path("ranks") / "1_of_2"
+
+
+class ThreadRanks(Ranks):
+    """One of several threads that tell one another what processes would."""
+
+    def __init__(self, rank: int, said: list[Any], barrier: Barrier) -> None:
+        super().__init__()
+        self.rank, self.world, self.said, self.barrier = rank, len(said), said, barrier
+
+    def gather_json(self, value: Any) -> list[Any]:
+        self.said[self.rank] = value
+        self.barrier.wait()
+        everywhere = list(self.said)
+        self.barrier.wait()
+        return everywhere
+
+    def any(self, flag: bool) -> bool:
+        return any(self.gather_json(flag))
+
+
+def together(task: Callable[[Ranks], Any]) -> list[Any]:
+    """What a task returns, or the UserError that it raises, on each of two ranks."""
+    said, barrier = [None, None], Barrier(2, timeout=30)
+
+    def attempt(rank: int) -> Any:
+        try:
+            return task(ThreadRanks(rank, said, barrier))
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(attempt, range(2)))
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +75,7 @@ def go_back(folder: Path, step: int) -> None:
             shutil.rmtree(path)
 
 
+@pytest.mark.dist
 def test_first_checkpoint_alone_resumes_with_another_number(run):
     """It is written before any environment begins its first episode."""
     for folder in (run, run / OTHER):
@@ -44,3 +83,47 @@ def test_first_checkpoint_alone_resumes_with_another_number(run):
     assert main([f"resume={run}"]) == 0
     assert [r["step"] for r in read_records(run / "metrics.jsonl") if "eval/return" in r] == [0, 96]
     assert not list((run / "ranks").iterdir())
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("machines", "begun"),
+    [
+        ([[], []], False),
+        ([[], [OTHER / "checkpoints/step_000000000"]], False),  # the first one saves last
+        ([["checkpoints/.step_000000032.tmp"], []], False),
+        ([["checkpoints/step_000000032"], [OTHER / "checkpoints/step_000000032"]], True),
+        ([["checkpoints/step_000000000"], [OTHER / "checkpoints/damaged_step_000000000"]], True),
+        ([["checkpoints/step_000000032"], []], [1]),
+        ([[], [OTHER / "checkpoints/step_000000032"]], [0]),
+        ([[OTHER / "checkpoints/step_000000032"], ["checkpoints/step_000000032"]], [0, 1]),
+    ],
+)
+def test_what_has_begun(tmp_path, machines, begun):
+    """A run that lost folders, or whose machines changed places, does not begin anew."""
+    runs = [tmp_path / str(rank) for rank in range(2)]
+    for run, folders in zip(runs, machines, strict=True):
+        for folder in folders:
+            (run / folder).mkdir(parents=True)
+
+    def ask(ranks: Ranks) -> bool:
+        own = runs[ranks.rank] / (OTHER if ranks.rank else "")
+        return has_begun(Checkpoints(own / "checkpoints", {}, 2), runs[ranks.rank], ranks)
+
+    for answer in together(ask):
+        if isinstance(begun, bool):
+            assert answer is begun
+        else:
+            assert f"ranks {begun} of 2 find no checkpoint in " in str(answer)
+            assert (f"{OTHER}/checkpoints" in str(answer)) == (1 in begun)
+
+
+@pytest.mark.dist
+def test_a_lost_folder_is_told_and_the_rest_is_left_alone(run):
+    shutil.rmtree(run / OTHER)
+    record = (run / "metrics.jsonl").read_bytes()
+    process = start(run.parent, 2, "resume=run", "train.total_steps=128")
+    printed = process.communicate(timeout=TIMEOUT)[0]
+    assert process.returncode != 0
+    assert "ranks [1] of 2 find no checkpoint in run/ranks/1_of_2/checkpoints" in printed
+    assert "begins anew" not in printed and (run / "metrics.jsonl").read_bytes() == record
