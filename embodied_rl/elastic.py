@@ -42,17 +42,22 @@ def deal(run_dir: Path, ranks: Ranks, seed: int) -> Deal | None:
     """Prepares a resume by another number of processes; None where it is the same or there is none.
 
     What an earlier attempt at this left behind is deleted.
+
+    Raises:
+        UserError: machines have different checkpoints, so that weights would differ.
     """
     folder = next(undamaged(run_dir / CHECKPOINTS), None)
     found = None if folder is None else read_checkpoint(folder)
-    worlds = ranks.gather_json(None if found is None else found[0]["ranks"]["world"])
-    if worlds[0] in (None, ranks.world):  # a resume by as many says what is missing
+    newest = ranks.gather_json(None if found is None else [found[0]["ranks"]["world"], found[1]])
+    if newest[0] is None or newest[0][0] == ranks.world:  # a resume by as many says what is missing
         return None
-    if found is None:
+    others = [rank for rank, pair in enumerate(newest) if pair != newest[0]]
+    if found is None or others:
+        told = ", ".join(f"rank {rank} {_describe(newest[rank])}" for rank in (0, *others))
         raise UserError(
-            f"rank {ranks.rank} finds no checkpoint in {run_dir / CHECKPOINTS}, and the run was of "
-            f"{worlds[0]} processes. To continue it with {ranks.world}, every machine needs the "
-            f"whole of {run_dir}: copy it there, or use a shared file system."
+            f"the newest checkpoint in {run_dir / CHECKPOINTS} is not the same on all machines: "
+            f"{told}. To continue with {ranks.world} processes, every machine needs the whole of "
+            f"{run_dir} as the run left it: copy it there, or use a shared file system."
         )
     state, step = found
     dealt = Deal(run_dir, ranks, seed, state, step)
@@ -61,6 +66,10 @@ def deal(run_dir: Path, ranks: Ranks, seed: int) -> Deal | None:
     if ranks.rank > 0:
         shutil.rmtree(own, ignore_errors=True)
     return dealt
+
+
+def _describe(newest: list[int] | None) -> str:
+    return "finds none" if newest is None else f"has step {newest[1]} (world size {newest[0]})"
 
 
 def has_begun(checkpoints: Checkpoints, run_dir: Path, ranks: Ranks) -> bool:

@@ -14,7 +14,7 @@ from test_ranks import TIMEOUT, WORDS, finish, start
 
 from embodied_rl.checkpoint import Checkpoints, step_name
 from embodied_rl.distributed import Ranks
-from embodied_rl.elastic import has_begun
+from embodied_rl.elastic import deal, has_begun
 from embodied_rl.errors import UserError
 from embodied_rl.metrics import read_records
 from embodied_rl.train import main
@@ -75,6 +75,11 @@ def go_back(folder: Path, step: int) -> None:
             shutil.rmtree(path)
 
 
+def go_alone(run: Path) -> None:
+    """Continues a run with one process."""
+    assert main([f"resume={run}", "train.total_steps=128"]) == 0
+
+
 @pytest.mark.dist
 def test_first_checkpoint_alone_resumes_with_another_number(run):
     """It is written before any environment begins its first episode."""
@@ -127,3 +132,18 @@ def test_a_lost_folder_is_told_and_the_rest_is_left_alone(run):
     assert process.returncode != 0
     assert "ranks [1] of 2 find no checkpoint in run/ranks/1_of_2/checkpoints" in printed
     assert "begins anew" not in printed and (run / "metrics.jsonl").read_bytes() == record
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("kept", "told"), [(64, "has step 64 (world size 2)"), (-1, "finds none")], ids=["old", "none"]
+)
+def test_an_old_copy_on_another_machine_is_not_dealt(run, tmp_path, kept, told):
+    """Its weights would not be those of the first process."""
+    go_alone(run)
+    machines = [run, Path(shutil.copytree(run, tmp_path / "copy", symlinks=True))]
+    same = together(lambda ranks: deal(machines[ranks.rank], ranks, 0))
+    assert [dealt.step for dealt in same] == [128, 128]
+    go_back(machines[1], kept)
+    for error in together(lambda ranks: deal(machines[ranks.rank], ranks, 0)):
+        assert f"rank 0 has step 128 (world size 1), rank 1 {told}. To continue" in str(error)
