@@ -141,7 +141,7 @@ class Trainer:
             self.deal.hand_over(self.checkpoints, self.replay)
         elif begun:
             self.checkpoints.restore(common_steps(self.checkpoints, self.ranks))
-            if self.checkpoints.best is None:  # damaged: the next evaluation is the best one again
+            if self.ranks.any(self.checkpoints.best is None):  # damaged: the next one is the best
                 self.progress.best_score = None
         self.logger.open(self.step)
         self._opened = time.monotonic() - self.progress.seconds

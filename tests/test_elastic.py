@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from embodied_rl.checkpoint import Checkpoints, step_name
 from embodied_rl.distributed import Ranks
 from embodied_rl.elastic import deal, has_begun
 from embodied_rl.errors import UserError
+from embodied_rl.manifest import write_manifest
 from embodied_rl.metrics import read_records
 from embodied_rl.train import main
 
@@ -132,6 +134,24 @@ def test_a_lost_folder_is_told_and_the_rest_is_left_alone(run):
     assert process.returncode != 0
     assert "ranks [1] of 2 find no checkpoint in run/ranks/1_of_2/checkpoints" in printed
     assert "begins anew" not in printed and (run / "metrics.jsonl").read_bytes() == record
+
+
+@pytest.mark.dist
+def test_best_that_one_process_has_damaged_is_given_up_by_all(run):
+    """Else one would link the next evaluated policy, the other keep the former best."""
+    for folder in (run / "checkpoints", run / OTHER / "checkpoints"):
+        (folder / "best").unlink()
+        (folder / "best").symlink_to(step_name(32))
+        newest = folder / step_name(96)
+        text = (newest / "state.json").read_text()
+        beyond, edits = re.subn(r'\["best_score", [^]]*\]', '["best_score", 1e9]', text)
+        assert edits == 1
+        (newest / "state.json").write_text(beyond)
+        write_manifest(newest)
+    (run / OTHER / "checkpoints" / step_name(32) / "state.safetensors").write_bytes(b"")
+    finish(run.parent, 2, "resume=run", "train.total_steps=128")
+    best = [(folder / "checkpoints" / "best").resolve().name for folder in (run, run / OTHER)]
+    assert best == [step_name(128)] * 2
 
 
 @pytest.mark.dist
