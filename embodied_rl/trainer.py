@@ -165,6 +165,7 @@ class Trainer:
             self._train()
             if self.stopping:
                 self._save()
+                self.ranks.meet()  # torchrun ends the others as soon as one has left
                 return None
             return self._finish()
         except RunStopped as error:
