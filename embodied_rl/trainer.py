@@ -70,7 +70,7 @@ class Trainer:
         )
         self.averaged = policy.with_actor(self.sac.average.module)
         folder = run_dir / "replay" if replay_dir is None else replay_dir
-        self.replay = builders.build_replay(config, policy, folder, device)
+        self.replay = builders.build_replay(config, policy, folder, device, self.noise_seed)
         self.guard = Guard(run_dir / FOLDER, enabled=config.train.guard)
         self.progress = Progress()
         stride = env.num_envs * self.ranks.world * config.rollout.steps
@@ -121,6 +121,11 @@ class Trainer:
     def step(self) -> int:
         """Environment steps so far."""
         return self.collector.env_steps
+
+    @property
+    def noise_seed(self) -> int:
+        """Of what this process draws, up to its first checkpoint."""
+        return self.config.seed if self.deal is None else self.deal.noise_seed
 
     @property
     def stopping(self) -> bool:

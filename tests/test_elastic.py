@@ -10,10 +10,11 @@ from pathlib import Path
 from threading import Barrier
 from typing import Any
 
+import numpy as np
 import pytest
 from test_ranks import TIMEOUT, WORDS, finish, start
 
-from embodied_rl.checkpoint import Checkpoints, step_name
+from embodied_rl.checkpoint import Checkpoints, read_checkpoint, step_name
 from embodied_rl.distributed import Ranks
 from embodied_rl.elastic import deal, has_begun
 from embodied_rl.errors import UserError
@@ -90,6 +91,16 @@ def test_first_checkpoint_alone_resumes_with_another_number(run):
     assert main([f"resume={run}"]) == 0
     assert [r["step"] for r in read_records(run / "metrics.jsonl") if "eval/return" in r] == [0, 96]
     assert not list((run / "ranks").iterdir())
+
+
+@pytest.mark.dist
+def test_what_is_drawn_from_replay_begins_anew(run):
+    """From seed, number of processes, rank and step, so that no former draws repeat."""
+    dealt = deal(run, Ranks(), 0)
+    assert dealt is not None
+    go_alone(run)
+    state, _ = read_checkpoint(run / "checkpoints" / step_name(96))
+    assert state["replay"]["rng"] == np.random.default_rng(dealt.noise_seed).bit_generator.state
 
 
 @pytest.mark.unit
