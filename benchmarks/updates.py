@@ -76,7 +76,7 @@ def ours(case: argparse.Namespace) -> Step:
     policy = builders.build_policy(config, spec, device)
     sac = builders.build_sac(config, policy, builders.build_q_head(config, policy, device), device)
     folder = tempfile.TemporaryDirectory()
-    replay = builders.build_replay(config, policy, Path(folder.name), device)
+    replay = builders.build_replay(config, policy, Path(folder.name), device, config.seed)
     flags = torch.zeros(EPISODE + 1, dtype=torch.bool)
     for _ in range(TRANSITIONS // EPISODE):
         state = torch.randn(EPISODE + 1, OBS)

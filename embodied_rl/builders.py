@@ -210,9 +210,17 @@ def build_encoder(
 
 
 def build_replay(
-    config: Config, policy: Policy, folder: Path, device: torch.device
+    config: Config, policy: Policy, folder: Path, device: torch.device, seed: int
 ) -> ReplayBuffer:
-    """Builds the online buffer on disk and, where there are any, mixes in demonstrations."""
+    """Builds the online buffer on disk and, where there are any, mixes in demonstrations.
+
+    Args:
+        config: of this process.
+        policy: encodes what is drawn.
+        folder: of the store.
+        device: where batches go.
+        seed: of what is drawn.
+    """
     algorithm = config.algorithm
     encode = build_encoder(policy, device, config.policy.micro_batch)
     meta = {}
@@ -226,7 +234,7 @@ def build_replay(
         max_bytes=settings.max_bytes,
         compression=settings.compression,
     )
-    online = TrajectoryReplay(store, algorithm, encode, device, seed=config.seed)
+    online = TrajectoryReplay(store, algorithm, encode, device, seed=seed)
     path, _ = demo_folder(config)
     if path is None:
         return online
@@ -244,7 +252,7 @@ def build_replay(
         min_buffer_size=1,
     )
     whole = dataclasses.replace(algorithm, replay_buffer=everything)
-    demos = TrajectoryReplay(None, whole, encode, device, seed=config.seed + 1, is_demo=True)
+    demos = TrajectoryReplay(None, whole, encode, device, seed=seed + 1, is_demo=True)
     for trajectory in trajectories:
         demos.add(trajectory)
     return MixedReplay(online, demos, algorithm.demo.fraction)

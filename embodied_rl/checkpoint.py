@@ -122,8 +122,8 @@ class Checkpoints:
         Damaged ones that are newer are renamed to `damaged_step_<n>` and told in `problems`.
 
         Args:
-            among: steps to choose from, those that all processes of a run have; newer ones are
-                deleted. None: all.
+            among: steps to choose from, those that all processes of a run have; newer whole ones
+                are deleted. None: all.
 
         Raises:
             UserError: none is usable, or the newest was written by a later embodied_rl.
@@ -131,19 +131,19 @@ class Checkpoints:
         damaged: list[Path] = []
         ahead: list[Path] = []
         for folder in sorted(self.folder.glob("step_*"), reverse=True):
-            if among is not None and step_of(folder) not in among:
-                ahead.append(folder)
-                continue
             try:
                 state, step = read_checkpoint(folder)
             except Damaged as error:
                 self.problems.append(f"{folder.name} is damaged and was not used: {error}.")
                 damaged.append(folder)
                 continue
+            if among is not None and step not in among:
+                ahead.append(folder)
+                continue
             self._load(state, folder, self.parts)
-            self._after_fallback(folder, damaged)
             for path in ahead:
                 shutil.rmtree(path)
+            self._after_fallback(folder, damaged)
             return step
         detail = f" {' '.join(self.problems)}" if self.problems else ""
         raise UserError(

@@ -42,17 +42,22 @@ def deal(run_dir: Path, ranks: Ranks, seed: int) -> Deal | None:
     """Prepares a resume by another number of processes; None where it is the same or there is none.
 
     What an earlier attempt at this left behind is deleted.
+
+    Raises:
+        UserError: machines have different checkpoints, so that weights would differ.
     """
     folder = next(undamaged(run_dir / CHECKPOINTS), None)
     found = None if folder is None else read_checkpoint(folder)
-    worlds = ranks.gather_json(None if found is None else found[0]["ranks"]["world"])
-    if worlds[0] in (None, ranks.world):  # a resume by as many says what is missing
+    newest = ranks.gather_json(None if found is None else [found[0]["ranks"]["world"], found[1]])
+    if newest[0] is None or newest[0][0] == ranks.world:  # a resume by as many says what is missing
         return None
-    if found is None:
+    others = [rank for rank, pair in enumerate(newest) if pair != newest[0]]
+    if found is None or others:
+        told = ", ".join(f"rank {rank} {_describe(newest[rank])}" for rank in (0, *others))
         raise UserError(
-            f"rank {ranks.rank} finds no checkpoint in {run_dir / CHECKPOINTS}, and the run was of "
-            f"{worlds[0]} processes. To continue it with {ranks.world}, every machine needs the "
-            f"whole of {run_dir}: copy it there, or use a shared file system."
+            f"the newest checkpoint in {run_dir / CHECKPOINTS} is not the same on all machines: "
+            f"{told}. To continue with {ranks.world} processes, every machine needs the whole of "
+            f"{run_dir} as the run left it: copy it there, or use a shared file system."
         )
     state, step = found
     dealt = Deal(run_dir, ranks, seed, state, step)
@@ -61,6 +66,39 @@ def deal(run_dir: Path, ranks: Ranks, seed: int) -> Deal | None:
     if ranks.rank > 0:
         shutil.rmtree(own, ignore_errors=True)
     return dealt
+
+
+def _describe(newest: list[int] | None) -> str:
+    return "finds none" if newest is None else f"has step {newest[1]} (world size {newest[0]})"
+
+
+def has_begun(checkpoints: Checkpoints, run_dir: Path, ranks: Ranks) -> bool:
+    """Whether there is a checkpoint to go on from; without, the run ended before its first one.
+
+    The first process saves last, so that its folder alone says so: others may have theirs by then.
+
+    Raises:
+        UserError: some processes do not find theirs, and to begin anew would spoil the run.
+    """
+    empty = ranks.gather_json(checkpoints.empty)
+    elsewhere = ranks.any(_goes_further(run_dir))  # as where two machines have changed places
+    lacking = [rank for rank, none in enumerate(empty) if none]
+    if not lacking or (empty[0] and not elsewhere):
+        return not lacking
+    folders = [own_folder(run_dir, r, ranks.world) if r else run_dir for r in lacking]
+    raise UserError(
+        f"ranks {lacking} of {ranks.world} find no checkpoint in "
+        f"{', '.join(str(folder / CHECKPOINTS) for folder in folders)}, though the run has some. "
+        "Copy what is missing to the machine of its rank, or use a shared file system. Another "
+        "number of processes needs these folders as well; without them, begin anew with another "
+        "run_dir=."
+    )
+
+
+def _goes_further(run_dir: Path) -> bool:
+    """Whether some process's checkpoint of after the start is on this machine."""
+    found = (p for own in ("", f"{RANKS}/*/") for p in run_dir.glob(f"{own}{CHECKPOINTS}/*step_*"))
+    return any(path.name[-1].isdigit() and not path.name.endswith(step_name(0)) for path in found)
 
 
 def common_steps(checkpoints: Checkpoints, ranks: Ranks) -> set[int] | None:
@@ -149,6 +187,8 @@ class Deal:
 
     def _share(self, parts: Sequence[Any]) -> Any:
         """This process's part of what has a row for each environment, or of dictionaries of it."""
+        if parts[0] is None:  # of environments: the checkpoint was written before the first episode
+            return None
         if isinstance(parts[0], dict):
             return {key: self._share([part[key] for part in parts]) for key in parts[0]}
         tensors = isinstance(parts[0], Tensor)

@@ -83,7 +83,7 @@ def main(args: list[str]) -> int:
                 deal=deal,
             )
             if deal is not None or not first:  # noise of its own; a checkpoint brings its own
-                torch.manual_seed(part.seed if deal is None else deal.noise_seed)
+                torch.manual_seed(trainer.noise_seed)
             results = trainer.run(resume=resume)
     finally:
         env.close()

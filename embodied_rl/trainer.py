@@ -15,7 +15,7 @@ from embodied_rl.collectors import build_collector
 from embodied_rl.config import Config
 from embodied_rl.diagnostics import Diagnostics
 from embodied_rl.distributed import Ranks, train_command
-from embodied_rl.elastic import Deal, common_steps
+from embodied_rl.elastic import Deal, common_steps, has_begun
 from embodied_rl.errors import RunStopped
 from embodied_rl.examiner import Examiner
 from embodied_rl.generators import Generators
@@ -70,7 +70,7 @@ class Trainer:
         )
         self.averaged = policy.with_actor(self.sac.average.module)
         folder = run_dir / "replay" if replay_dir is None else replay_dir
-        self.replay = builders.build_replay(config, policy, folder, device)
+        self.replay = builders.build_replay(config, policy, folder, device, self.noise_seed)
         self.guard = Guard(run_dir / FOLDER, enabled=config.train.guard)
         self.progress = Progress()
         stride = env.num_envs * self.ranks.world * config.rollout.steps
@@ -123,6 +123,11 @@ class Trainer:
         return self.collector.env_steps
 
     @property
+    def noise_seed(self) -> int:
+        """Of what this process draws, up to its first checkpoint."""
+        return self.config.seed if self.deal is None else self.deal.noise_seed
+
+    @property
     def stopping(self) -> bool:
         """Whether some process was asked to stop."""
         return self.ranks.any(self.stop.requested)
@@ -132,13 +137,16 @@ class Trainer:
 
         Raises:
             RunStopped: broken numbers, or simulators that keep dying; names the last checkpoint.
+            UserError: some processes do not find their checkpoints.
         """
-        begun = self.deal is not None or (resume and not self.ranks.any(self.checkpoints.empty))
+        begun = self.deal is not None or (
+            resume and has_begun(self.checkpoints, self._whole_run, self.ranks)
+        )
         if self.deal is not None:
             self.deal.hand_over(self.checkpoints, self.replay)
         elif begun:
             self.checkpoints.restore(common_steps(self.checkpoints, self.ranks))
-            if self.checkpoints.best is None:  # damaged: the next evaluation is the best one again
+            if self.ranks.any(self.checkpoints.best is None):  # damaged: the next one is the best
                 self.progress.best_score = None
         self.logger.open(self.step)
         self._opened = time.monotonic() - self.progress.seconds
@@ -162,6 +170,7 @@ class Trainer:
             self._train()
             if self.stopping:
                 self._save()
+                self.ranks.meet()  # torchrun ends the others as soon as one has left
                 return None
             return self._finish()
         except RunStopped as error:
@@ -176,11 +185,15 @@ class Trainer:
         last = self.checkpoints.last
         if last is None:
             return "There is no checkpoint yet."
-        whole_run = self.run_dir if self.ranks.rank == 0 else self.run_dir.parent.parent
         return (
             f"The last good checkpoint, {last}, is intact; to continue from it: "
-            f"{train_command(self.ranks.world)} resume={whole_run}"
+            f"{train_command(self.ranks.world)} resume={self._whole_run}"
         )
+
+    @property
+    def _whole_run(self) -> Path:
+        """The run's folder; `run_dir` is that of this process."""
+        return self.run_dir if self.ranks.rank == 0 else self.run_dir.parent.parent
 
     def _start(self) -> None:
         different = self.collector.start()

@@ -267,6 +267,31 @@ def test_damaged_best_is_told(two):
     assert checkpoints.best is None and checkpoints.last == "step_000000020"
 
 
+@pytest.mark.parametrize("best", [False, True])
+def test_damaged_newest_that_other_processes_lack(make, policy, best):
+    """It is set aside and told, as by a process alone; whole ones that they lack are deleted."""
+    checkpoints, part = make({"x": torch.tensor([1.0])}, keep=9)
+    checkpoints.save(10, policy, best=not best)
+    checkpoints.save(20, policy, best=False)
+    flip(checkpoints.save(30, policy, best=best) / "state.safetensors")
+    part.state = {}
+    assert checkpoints.restore({10}) == 10 and part.state["x"].tolist() == [1.0]
+    (problem,) = checkpoints.problems
+    assert problem.startswith("step_000000030 is damaged and was not used: ")
+    links = ["last"] if best else ["best", "last"]
+    assert names(checkpoints.folder) == sorted([*links, "damaged_step_000000030", "step_000000010"])
+    assert checkpoints.last == "step_000000010"
+    assert checkpoints.best == (None if best else "step_000000010")
+
+
+def test_best_that_other_processes_lack(two, policy):
+    """It is deleted and no longer linked to."""
+    checkpoints, part, _ = two
+    checkpoints.save(30, policy, best=True)
+    assert checkpoints.restore({20}) == 20 and part.state["x"].tolist() == [2.0]
+    assert names(checkpoints.folder) == ["last", "step_000000020"] and checkpoints.best is None
+
+
 def test_nothing_usable(make, policy):
     checkpoints, _ = make({})
     with pytest.raises(UserError, match="no usable checkpoint"):

@@ -34,6 +34,16 @@ def test_each_start_has_a_part_of_its_own(order):
         assert [part.get("address") for part in parts] == [str(number).encode()] * 3
 
 
+@pytest.mark.parametrize("worlds", [(2, 3), (3, 2)], ids=["more", "fewer"])
+def test_starts_of_another_number_of_processes(worlds):
+    """As when a machine joins or leaves: the former offer, of as many as there were, is there."""
+    store = HashStore()
+    for world in worlds:
+        parts = start(store, list(reversed(range(world))))
+        parts[0].set("address", str(world))
+        assert [part.get("address") for part in parts] == [str(world).encode()] * world
+
+
 def test_a_former_offer_alone_does_not_hold():
     """A process whose rank 0 has not restarted yet keeps waiting, and says so in the end."""
     store = HashStore()

@@ -147,7 +147,7 @@ def test_bytes_of_a_step_are_those_written(make_config, make_env, tmp_path, cach
     words = (f"policy.cache_features={cached}", f"algorithm.n_step={n_step}")
     config, env = make_config(*words), make_env("reach", 2)
     policy = builders.build_policy(config, env.spec, CPU)
-    replay = builders.build_replay(config, policy, tmp_path / "replay", CPU)
+    replay = builders.build_replay(config, policy, tmp_path / "replay", CPU, config.seed)
     guard = Guard(tmp_path / "failure", enabled=False)
     collector = Collector(
         env, policy, replay, config.rollout, guard, store_features=cached, seed=0, device=CPU

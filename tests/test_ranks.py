@@ -38,6 +38,18 @@ WORDS = (
     "train.checkpoint_interval=32",
 )
 
+SLOW_DISK = """
+import os, time
+from embodied_rl import checkpoint, cli, train
+from embodied_rl.config import Config
+
+if __name__ == "__main__":
+    sync = checkpoint.sync
+    if os.environ["RANK"] == "0":
+        checkpoint.sync = lambda path: (time.sleep(0.5), sync(path))
+    cli.run("train", Config, train.main)
+"""
+
 
 def start(folder: Path, world: int, *words: str) -> subprocess.Popen:
     """Starts a run of `world` processes in an empty folder."""
@@ -63,6 +75,12 @@ def finish(folder: Path, world: int, *words: str) -> str:
     printed = run.communicate(timeout=TIMEOUT)[0]
     assert run.returncode == 0, printed[-3000:]
     return printed
+
+
+def children(torchrun: subprocess.Popen) -> list[int]:
+    """The processes that it has started, in order of rank."""
+    found = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
 
 
 def learner(folder: Path) -> dict[str, torch.Tensor]:
@@ -115,10 +133,7 @@ def test_killed_rank_ends_the_run_and_resume_continues_exactly(finished, tmp_pat
     while not (tmp_path / "run" / "checkpoints" / "step_000000128").exists():
         assert time.monotonic() < deadline and run.poll() is None
         time.sleep(0.05)
-    found = subprocess.run(
-        ["pgrep", "-P", str(run.pid), "-f", "embodied_rl.train"], capture_output=True, text=True
-    )
-    os.kill(int(found.stdout.split()[1]), signal.SIGKILL)
+    os.kill(children(run)[1], signal.SIGKILL)
     printed = run.communicate(timeout=60)[0]
     assert run.returncode != 0 and "Signal 9" in printed
     assert re.search(r"rank 1 on \S+ did not answer", printed), printed[-3000:]
@@ -127,6 +142,31 @@ def test_killed_rank_ends_the_run_and_resume_continues_exactly(finished, tmp_pat
     assert comparable(tmp_path / "run") == comparable(whole)
     first, second = learner(tmp_path / "run"), learner(whole)
     assert all(torch.equal(t, second[name]) for name, t in first.items())
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("told", ["processes", "torchrun"])
+def test_stopped_run_has_saved_everywhere(tmp_path, told):
+    """Though the first process takes longer; torchrun, when told itself, restarts nothing."""
+    script = tmp_path / "slow_disk.py"
+    script.write_text(SLOW_DISK)
+    restarts = "--max-restarts=2" if told == "torchrun" else "--max-restarts=0"
+    words = (*WORDS, "train.total_steps=100000", "train.checkpoint_interval=100000")
+    words = (*words, "eval.interval=100000", "run_dir=run", "auto_resume=true")
+    command = ("--standalone", "--nproc_per_node=2", restarts, str(script), *words)
+    run = launch(tmp_path, *command)
+    records = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + TIMEOUT
+    while not records.exists() or '"train/updates"' not in records.read_text():
+        assert time.monotonic() < deadline and run.poll() is None
+        time.sleep(0.05)
+    for pid in [run.pid] if told == "torchrun" else children(run):
+        os.kill(pid, signal.SIGTERM)
+    printed = run.communicate(timeout=TIMEOUT)[0]
+    assert run.returncode != 0 and "finetuning" in printed and "resuming" not in printed
+    folders = [tmp_path / "run", tmp_path / "run" / "ranks" / "1_of_2"]
+    first, other = [(folder / "checkpoints" / "last").resolve().name for folder in folders]
+    assert first == other > "step_000000000", printed[-3000:]
 
 
 @pytest.mark.dist
@@ -150,8 +190,7 @@ def test_machines_that_share_nothing_and_restart(finished, tmp_path):
     while not list(tmp_path.glob("*/run/checkpoints/step_000000128")):
         assert time.monotonic() < deadline and runs[0].poll() is None
         time.sleep(0.05)
-    found = subprocess.run(["pgrep", "-P", str(runs[1].pid)], capture_output=True, text=True)
-    os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
+    os.kill(children(runs[1])[0], signal.SIGKILL)
     printed = [run.communicate(timeout=TIMEOUT)[0] for run in runs]
     assert all(run.returncode == 0 for run in runs), "\n\n".join(printed)[-5000:]
     assert "resuming" in printed[0] + printed[1]

@@ -45,7 +45,7 @@ def meet_in(store: Store, rank: int, world: int, timeout: float) -> PrefixStore:
             offer = store.get("meeting/offer").decode()
             store.set(f"meeting/{offer}/{rank}", own)
             held = f"meeting/{offer}/held"
-            if store.check([held]) and json.loads(store.get(held))[rank - 1] == own:
+            if store.check([held]) and own in json.loads(store.get(held)):
                 return PrefixStore(f"start/{offer}", store)
         pause = wait(pause, deadline, "not all of them came to rank 0")
 
