@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch.multiprocessing import spawn
 
 from embodied_rl import checkpoint
 from embodied_rl.config import Config
-from embodied_rl.distributed import Ranks, choice, choose_engine, fsdp, sharded
+from embodied_rl.distributed import Ranks, choice, choose_engine, fsdp, sharded, zero
 from embodied_rl.errors import UserError
 from embodied_rl.load_config import load_config
 from embodied_rl.policy import Policy
@@ -357,6 +358,22 @@ def test_missing_deepspeed_names_the_command(no_accelerate, monkeypatch):
     monkeypatch.setattr(choice, "installed", lambda: False)
     with pytest.raises(UserError, match="pip install deepspeed"):
         chosen("train.engine=deepspeed")
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("device", "chosen"), [("cpu", "cpu:1"), ("cuda:0", "cuda:0"), ("cuda:3", "cuda:3")]
+)
+def test_deepspeed_works_where_the_networks_are(monkeypatch, device, chosen):
+    """And not on the GPU numbered LOCAL_RANK; DeepSpeed's own choice, with its GPUs made up."""
+    engine = pytest.importorskip("deepspeed.runtime.engine")
+    kind, taken = torch.device(device).type, []
+    gpus = SimpleNamespace(set_device=taken.append, device_name=lambda i: f"{kind}:{i}")
+    monkeypatch.setattr(engine, "get_accelerator", lambda: gpus)
+    monkeypatch.setattr(engine, "dist", SimpleNamespace(get_world_size=int, get_rank=int))
+    own = SimpleNamespace(local_rank=1)
+    engine.DeepSpeedEngine._set_distributed_vars(own, zero.arguments(torch.device(device)))
+    assert str(own.device) == chosen and taken == [own.device.index]
 
 
 @pytest.mark.unit
