@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,15 +15,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from test_dist import A, D, H, all_weights, make_learner, take_updates
+from test_dist import CPU, A, D, H, all_weights, make_learner, take_updates
 from test_ranks import TIMEOUT, WORDS, finish, learner, start
 from tiny_flow import TinyFlow
+from torch.distributed import distributed_c10d as c10d
 from torch.multiprocessing import spawn
 
 from embodied_rl import checkpoint
-from embodied_rl.config import Config
-from embodied_rl.distributed import Ranks, choice, choose_engine, fsdp, sharded, zero
-from embodied_rl.errors import UserError
+from embodied_rl.config import Config, OptimConfig
+from embodied_rl.distributed import Ranks, choice, choose_engine, fsdp, join, sharded, zero
+from embodied_rl.errors import RunStopped, UserError
 from embodied_rl.load_config import load_config
 from embodied_rl.policy import Policy
 from embodied_rl.registry import BACKBONES
@@ -260,6 +263,49 @@ def test_each_process_holds_half_of_the_moments(world, engine):
         held = json.loads(path.read_text())
         assert set(held) == set(whole) - {"temperature"} == {"actor", "critic"}
         assert all(count == pytest.approx(whole[n] / 2, rel=0.05) for n, count in held.items())
+
+
+def left_alone(rank: int, world: int, port: int, engine: str, folder: str) -> None:
+    """The second process goes after a step; the first writes what it was told."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ["MASTER_PORT"] = str(port)
+    ranks, _ = join("cpu", TIMEOUT)
+    built = choice.EngineChoice(engine, 2, False, "").build(ranks)
+    weights = torch.nn.Parameter(torch.zeros(sharded.SMALL))
+    trainable = built.attach("critic", [weights], OptimConfig())
+    built.step(trainable, weights.sum())
+    if rank == 1:
+        os._exit(0)
+    groups = [group._get_backend(CPU) for group in c10d._world.pg_map]
+    waits = [backend.options._timeout.total_seconds() for backend in groups]
+    Path(folder, "waits.json").write_text(json.dumps(waits))
+    try:
+        while True:
+            built.step(trainable, weights.sum())
+    except RunStopped as error:
+        Path(folder, "step").write_text(str(error))
+    try:
+        built.state_dict()
+    except RunStopped as error:
+        Path(folder, "state_dict").write_text(str(error))
+    os._exit(0)  # without farewell to the other, whom the libraries would wait for
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_who_leaves_a_library_waiting_is_named(monkeypatch, tmp_path, engine):
+    """Also in messages of FSDP's and DeepSpeed's own; all their groups have our timeout."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    spawn(left_alone, (2, port, engine, str(tmp_path)), nprocs=2, join=True)
+    for name in ("step", "state_dict"):
+        told = (tmp_path / name).read_text()
+        assert f"rank 1 on {socket.gethostname()} did not answer" in told
+    waits = json.loads((tmp_path / "waits.json").read_text())
+    assert set(waits) == {TIMEOUT} and (len(waits) > 1) == (engine == "deepspeed")
 
 
 # ---------------------------------------------------------------- whole runs

@@ -52,7 +52,7 @@ def join(device: str, timeout: float) -> tuple[Ranks, str]:
             f"rank {os.environ.get('RANK', '?')} of {world} could not join the others: {error} "
             "Start all of them with one torchrun or accelerate launch."
         ) from error
-    return Ranks(Presence(PrefixStore("presence", store), rank, world)), device
+    return Ranks(Presence(PrefixStore("presence", store), rank, world), patience), device
 
 
 def train_command(world: int) -> str:
