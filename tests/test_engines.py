@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from test_dist import CPU, A, D, H, all_weights, make_learner, take_updates
+from test_dist import CPU, A, D, H, all_weights, free_port, make_learner, take_updates
 from test_ranks import TIMEOUT, WORDS, finish, learner, start
 from tiny_flow import TinyFlow
 from torch.distributed import distributed_c10d as c10d
@@ -295,11 +294,7 @@ def left_alone(rank: int, world: int, port: int, engine: str, folder: str) -> No
 @pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
 def test_who_leaves_a_library_waiting_is_named(monkeypatch, tmp_path, engine):
     """Also in messages of FSDP's and DeepSpeed's own; all their groups have our timeout."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    port = free_port(monkeypatch)
     spawn(left_alone, (2, port, engine, str(tmp_path)), nprocs=2, join=True)
     for name in ("step", "state_dict"):
         told = (tmp_path / name).read_text()
