@@ -18,7 +18,7 @@ from conftest import TINY
 from embodied_rl.builders import add_judge, build_env, build_policy, build_q_head
 from embodied_rl.channel import HANDLE, Channel
 from embodied_rl.checkpoint import read_checkpoint
-from embodied_rl.collecting_process import CollectingProcess, open_env
+from embodied_rl.collecting_process import CollectingProcess, collecting_device, open_env
 from embodied_rl.collector import Collector, episode_seed
 from embodied_rl.distributed import Ranks
 from embodied_rl.errors import UserError
@@ -394,6 +394,26 @@ def test_its_device_is_checked_before_it_starts(make_config):
     config = make_config(ASYNC, "rollout.device=gpu")
     with pytest.raises(UserError, match=r"rollout\.device='gpu' is not known"):
         open_env(config, CPU, 0, Ranks(), Path("nowhere"))
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("name", "learner", "place"),
+    [
+        (None, "cuda:1", "cuda:1"),
+        ("auto", "cuda:1", "cuda:1"),
+        ("cuda", "cuda:1", "cuda:1"),
+        ("cuda:0", "cuda:1", "cuda:0"),
+        ("cpu", "cuda:1", "cpu"),
+        (None, "cpu", "cpu"),
+        ("cuda", "cpu", "cuda:1"),
+    ],
+)
+def test_its_device_is_that_of_its_learner(monkeypatch, name, learner, place):
+    """Of the second process on a machine of two GPUs."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert collecting_device(name, torch.device(learner)) == torch.device(place)
 
 
 @pytest.mark.unit

@@ -34,10 +34,9 @@ def join(device: str, timeout: float) -> tuple[Ranks, str]:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return Ranks(), device
-    visible = torch.cuda.device_count()
-    if device in ("auto", "cuda") and visible:
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % visible}"
-    gpus = {f"cuda:{i}": str(torch.cuda.get_device_properties(i).uuid) for i in range(visible)}
+    device = own_gpu(device)
+    visible = range(torch.cuda.device_count())
+    gpus = {f"cuda:{i}": str(torch.cuda.get_device_properties(i).uuid) for i in visible}
     if device in gpus:
         torch.cuda.set_device(device)  # FSDP and DeepSpeed work on the present one
     patience = timedelta(seconds=timeout)
@@ -53,6 +52,14 @@ def join(device: str, timeout: float) -> tuple[Ranks, str]:
             "Start all of them with one torchrun or accelerate launch."
         ) from error
     return Ranks(Presence(PrefixStore("presence", store), rank, world), patience), device
+
+
+def own_gpu(device: str) -> str:
+    """The GPU of this process among those of its machine, where any of them would do."""
+    visible = torch.cuda.device_count()
+    if device not in ("auto", "cuda") or not visible:
+        return device
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % visible}"
 
 
 def backend_for(gpus: list[str]) -> str:
