@@ -211,8 +211,7 @@ def state(folder: Path, part: str) -> dict:
 
 @pytest.mark.unit
 def test_shares(make_config):
-    ranks = Ranks()
-    ranks.world, ranks.rank = 2, 1
+    ranks = two()[1]
     config = make_config("env.num_envs=4", "eval.num_envs=2", "algorithm.batch_size=16")
     part = share(config, ranks)
     assert (part.env.num_envs, part.eval.num_envs, part.algorithm.batch_size) == (2, 1, 8)
@@ -226,3 +225,42 @@ def test_shares(make_config):
         words |= dict([word.split("=")])
         with pytest.raises(UserError, match=f"{name} cannot be shared by 2 processes"):
             share(make_config(*(f"{k}={v}" for k, v in words.items())), ranks)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("batch", "fraction", "rows"),
+    [(12, 0.25, [1, 2]), (16, 0.25, [2, 2]), (4, 0.25, [0, 1]), (4, 0, [0, 0]), (8, 0.99, [4, 4])],
+)
+def test_demonstrations_are_a_share_of_the_whole_batch(make_config, batch, fraction, rows):
+    config = make_config(
+        "env.num_envs=4", f"algorithm.batch_size={batch}", f"algorithm.demo.fraction={fraction}"
+    )
+    parts = [share(config, ranks).algorithm for ranks in two()]
+    assert [round(part.demo.fraction * part.batch_size) for part in parts] == rows
+
+
+@pytest.mark.unit
+def test_replay_is_shared(make_config):
+    """Sizes of the run, divided and rounded up; what has no bound keeps none."""
+    settings = "algorithm.replay_buffer"
+    config = make_config(
+        "env.num_envs=4",
+        f"{settings}.cache_size=9",
+        f"{settings}.sample_window_size=8",
+        f"{settings}.min_buffer_size=1",
+        f"{settings}.cache_bytes=1001",
+    )
+    for ranks in two():
+        part = share(config, ranks).algorithm.replay_buffer
+        assert (part.cache_size, part.sample_window_size, part.min_buffer_size) == (5, 4, 1)
+        assert (part.cache_bytes, part.max_bytes) == (501, None)
+        assert part.segment_size == config.algorithm.replay_buffer.segment_size
+
+
+def two() -> list[Ranks]:
+    """Both of two processes, without their group."""
+    pair = [Ranks(), Ranks()]
+    for rank, ranks in enumerate(pair):
+        ranks.world, ranks.rank = 2, rank
+    return pair

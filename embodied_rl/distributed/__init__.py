@@ -9,7 +9,7 @@ from embodied_rl.distributed.launch import join, leave, own_gpu, train_command
 from embodied_rl.distributed.local import LocalEngine, LocalTrainable
 from embodied_rl.distributed.optimised import Optimised
 from embodied_rl.distributed.ranks import Ranks
-from embodied_rl.distributed.shares import share
+from embodied_rl.distributed.shares import share, share_replay
 
 __all__ = [
     "DdpEngine",
@@ -23,5 +23,6 @@ __all__ = [
     "leave",
     "own_gpu",
     "share",
+    "share_replay",
     "train_command",
 ]
