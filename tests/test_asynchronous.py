@@ -489,7 +489,7 @@ def alive(pid: int) -> bool:
 
 def gone(below: dict[int, str]) -> None:
     """Waits until none of these processes is alive."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + TIMEOUT
     while left := [pid for pid in below if alive(pid)]:
         assert time.monotonic() < deadline, [below[pid] for pid in left]
         time.sleep(0.05)
@@ -518,7 +518,7 @@ def test_sigkill_of_the_collector_ends_the_run(tmp_path):
     wait_for_checkpoint(process, tmp_path / "run")
     collector = collector_of(process.pid)
     os.kill(collector, signal.SIGKILL)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 2
     assert f"error: the collecting process (rollout.asynchronous=true, pid {collector}) " in err
     assert "ended with exit code -9 (killed" in err and "Traceback" not in err
@@ -533,7 +533,7 @@ def test_ctrl_c_stops_and_resume_goes_on(tmp_path):
     wait_for_checkpoint(process, run)
     below = descendants(process.pid)
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 128 + signal.SIGINT, err
     assert "stopped; continue with: python -m embodied_rl.train resume=run" in out
     assert "Traceback" not in err

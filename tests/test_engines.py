@@ -2,11 +2,8 @@
 
 import json
 import os
-import signal
 import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from test_dist import CPU, A, D, H, all_weights, free_port, make_learner, take_updates
-from test_ranks import TIMEOUT, WORDS, finish, learner, start
+from test_ranks import TIMEOUT, WORDS, finish, kill_worker, learner, start
 from tiny_flow import TinyFlow
 from torch.distributed import distributed_c10d as c10d
 from torch.multiprocessing import spawn
@@ -313,19 +310,12 @@ def test_a_sharded_run_is_killed_and_resumed_by_two_and_by_one(tmp_path):
     """Resumed by as many, it is the run that nobody interrupted; then one process goes on."""
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-    words = (*RUN, "train.engine=fsdp", "train.total_steps=96")
+    words = (*RUN, "train.engine=fsdp", "train.total_steps=128", "eval.interval=128")
     printed = finish(tmp_path / "whole", 2, *words)
     assert "2 processes, fsdp" in printed
     run = start(tmp_path / "killed", 2, *words)
-    deadline = time.monotonic() + TIMEOUT
-    while not (tmp_path / "killed" / "run" / "checkpoints" / "step_000000064").exists():
-        assert time.monotonic() < deadline and run.poll() is None
-        time.sleep(0.05)
-    found = subprocess.run(
-        ["pgrep", "-P", str(run.pid), "-f", "embodied_rl.train"], capture_output=True, text=True
-    )
-    os.kill(int(found.stdout.split()[1]), signal.SIGKILL)
-    run.communicate(timeout=60)
+    kill_worker(run, 1, 64, tmp_path / "killed" / "run")
+    run.communicate(timeout=TIMEOUT)
     assert run.returncode != 0
     finish(tmp_path / "killed", 2, "resume=run")
     first, second = (learner(tmp_path / name / "run") for name in ("whole", "killed"))
@@ -333,9 +323,9 @@ def test_a_sharded_run_is_killed_and_resumed_by_two_and_by_one(tmp_path):
     assert all(torch.equal(t, second[name]) for name, t in first.items())
     moments = [t for name, t in first.items() if "/sac/engine/critic/" in name]
     assert moments and max(t.numel() for t in moments) == 40 * 40, "whole ones are saved"
-    printed = finish(tmp_path / "killed", 1, "resume=run", "train.total_steps=128")
+    printed = finish(tmp_path / "killed", 1, "resume=run", "train.total_steps=160")
     assert "note: train.engine=fsdp shares work out between processes" in printed
-    assert (tmp_path / "killed" / "run" / "checkpoints" / "step_000000128").exists()
+    assert (tmp_path / "killed" / "run" / "checkpoints" / "step_000000160").exists()
 
 
 @pytest.mark.dist

@@ -17,7 +17,7 @@ import torch
 from conftest import TINY
 from safetensors.torch import load_file
 
-from embodied_rl.checkpoint import read_checkpoint
+from embodied_rl.checkpoint import read_checkpoint, step_of
 from embodied_rl.distributed import Ranks, share
 from embodied_rl.errors import UserError
 from embodied_rl.metrics import read_records
@@ -63,6 +63,28 @@ def finish(folder: Path, world: int, *words: str) -> str:
     printed = run.communicate(timeout=TIMEOUT)[0]
     assert run.returncode == 0, printed[-3000:]
     return printed
+
+
+def kill_worker(run: subprocess.Popen, number: int, step: int, *folders: Path) -> None:
+    """Kills one of a torchrun's processes once a run in these folders has come to a step.
+
+    Its process number is looked up before: the run goes on meanwhile.
+    """
+    wait_for_step(run, 0, *folders)
+    found = subprocess.run(
+        ["pgrep", "-P", str(run.pid), "-f", "embodied_rl.train"], capture_output=True, text=True
+    )
+    wait_for_step(run, step, *folders)
+    os.kill(int(found.stdout.split()[number]), signal.SIGKILL)
+
+
+def wait_for_step(run: subprocess.Popen, step: int, *folders: Path) -> None:
+    """Waits for a checkpoint of a step or a later one: the run deletes old ones."""
+    deadline = time.monotonic() + TIMEOUT
+    while not any(step_of(p) >= step for f in folders for p in f.glob("checkpoints/step_*")):
+        assert run.poll() is None, run.communicate()[0][-3000:]
+        assert time.monotonic() < deadline, f"no checkpoint of step {step} came"
+        time.sleep(0.01)
 
 
 def learner(folder: Path) -> dict[str, torch.Tensor]:
@@ -111,15 +133,8 @@ def test_killed_rank_ends_the_run_and_resume_continues_exactly(finished, tmp_pat
     whole, _ = finished
     words = (*WORDS, "train.total_steps=320", "run_dir=run")
     run = start(tmp_path, 2, *words)
-    deadline = time.monotonic() + TIMEOUT
-    while not (tmp_path / "run" / "checkpoints" / "step_000000128").exists():
-        assert time.monotonic() < deadline and run.poll() is None
-        time.sleep(0.05)
-    found = subprocess.run(
-        ["pgrep", "-P", str(run.pid), "-f", "embodied_rl.train"], capture_output=True, text=True
-    )
-    os.kill(int(found.stdout.split()[1]), signal.SIGKILL)
-    printed = run.communicate(timeout=60)[0]
+    kill_worker(run, 1, 128, tmp_path / "run")
+    printed = run.communicate(timeout=TIMEOUT)[0]
     assert run.returncode != 0 and "Signal 9" in printed
     assert re.search(r"rank 1 on \S+ did not answer", printed), printed[-3000:]
     printed = finish(tmp_path, 2, "resume=run")
@@ -146,12 +161,7 @@ def test_machines_that_share_nothing_and_restart(finished, tmp_path):
         machine.mkdir()
         runs.append(launch(machine, *words, meeting, "-m", "embodied_rl.train", *settings))
     paths = [m / "run" / "ranks" / f"{r}_of_2" for r in (0, 1) for m in machines]
-    deadline = time.monotonic() + TIMEOUT
-    while not list(tmp_path.glob("*/run/checkpoints/step_000000128")):
-        assert time.monotonic() < deadline and runs[0].poll() is None
-        time.sleep(0.05)
-    found = subprocess.run(["pgrep", "-P", str(runs[1].pid)], capture_output=True, text=True)
-    os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
+    kill_worker(runs[1], 0, 128, *(machine / "run" for machine in machines))
     printed = [run.communicate(timeout=TIMEOUT)[0] for run in runs]
     assert all(run.returncode == 0 for run in runs), "\n\n".join(printed)[-5000:]
     assert "resuming" in printed[0] + printed[1]
