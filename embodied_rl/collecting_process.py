@@ -14,7 +14,7 @@ from embodied_rl import builders
 from embodied_rl.channel import Channel
 from embodied_rl.collecting import collect
 from embodied_rl.config import Config
-from embodied_rl.distributed import Ranks
+from embodied_rl.distributed import Ranks, own_gpu
 from embodied_rl.envs.process import spec_from_json
 from embodied_rl.errors import RunStopped, UserError
 from embodied_rl.guard import FOLDER
@@ -38,10 +38,20 @@ def open_env(
     """
     if not config.rollout.asynchronous:
         return builders.build_env(config.env, config.env.num_envs, device)
-    place = device
-    if config.rollout.device is not None:
-        place = builders.build_device(config.rollout.device, "rollout.device")
+    place = collecting_device(config.rollout.device, device)
     return CollectingProcess(config, place, seed, ranks, run_dir / FOLDER)
+
+
+def collecting_device(name: str | None, learner: torch.device) -> torch.device:
+    """Where a collecting policy lives: on its learner's GPU where any would do.
+
+    Args:
+        name: `rollout.device`.
+        learner: its learner's device.
+    """
+    if name is None or (name in ("auto", "cuda") and learner.type == "cuda"):
+        return learner
+    return builders.build_device(own_gpu(name), "rollout.device")
 
 
 class CollectingProcess:

@@ -176,7 +176,7 @@ class EntropyTuningConfig:
 
 @dataclass
 class ReplayBufferConfig:
-    """The trajectory replay buffer."""
+    """The trajectory replay buffer; sizes and bytes of all processes together."""
 
     enable_cache: bool = True  # keep trajectories in memory; false: read each batch from disk
     cache_size: int = 6000  # trajectories held in memory

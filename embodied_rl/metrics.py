@@ -144,12 +144,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def write_results(folder: Path, results: dict[str, Any], config: Config) -> None:
-    """Writes `results.json` into a run's folder, and draws its curve."""
+def write_results(folder: Path, results: dict[str, Any], config: Config, seed: int) -> None:
+    """Writes `results.json` into a run's folder, and draws its curve; the seed is the whole run's."""
     path = folder / "results.json"
     path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     title = f"{config.env.name}, {config.algorithm.q_head_type}"
-    plot_curve(folder, f"{title}, seed {config.seed}", config.eval.metric)
+    plot_curve(folder, f"{title}, seed {seed}", config.eval.metric)
 
 
 def plot_curve(folder: Path, title: str, metric: str) -> Path:

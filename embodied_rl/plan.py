@@ -94,7 +94,7 @@ def _notes(config: PlanConfig) -> list[str]:
     if config.gpus > 1:
         notes.append(
             f"gpus={config.gpus}: data parallel; each device holds all networks and its share of "
-            "algorithm.batch_size and env.num_envs, and a cache of its own"
+            "algorithm.batch_size, env.num_envs and replay"
         )
     if config.algorithm.demo.fraction > 0:
         notes.append("demonstrations, which stay in memory besides, are not counted")

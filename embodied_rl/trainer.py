@@ -40,7 +40,7 @@ class Trainer:
         policy: backbone and actor; what is evaluated and saved is its average over updates.
         device: where networks live.
         stop: asked after every iteration.
-        seed: of the training episodes; None: the config's.
+        seed: of the whole run, and so of the training episodes; None: the config's.
         ranks: processes that train together, each with its own trainer.
         replay_dir: where this process's replay is; None: in the run folder.
         deal: what a resume by another number of processes begins with.
@@ -64,6 +64,7 @@ class Trainer:
         self.ranks = Ranks() if ranks is None else ranks
         self.config, self.run_dir, self.env, self.policy = config, run_dir, env, policy
         self.device, self.stop = device, stop
+        self.seed = config.seed if seed is None else seed
         q_head = builders.build_q_head(config, policy, device)
         self.sac = builders.build_sac(
             config, policy, q_head, device, lambda m: self.logger.say(m), self.ranks
@@ -81,7 +82,7 @@ class Trainer:
             policy,
             self.replay,
             device,
-            config.seed if seed is None else seed,
+            self.seed,
             guard=self.guard,
             ranks=self.ranks,
             updates=lambda: self.progress.updates,
@@ -268,7 +269,7 @@ class Trainer:
     def _finish(self) -> dict[str, Any]:
         """Compares the pretrained and the best policy on seeds that nothing has seen yet."""
         self.logger.say("comparing the pretrained and the best policy on held-out episodes ...")
-        link = LAST if self.checkpoints.best is None else BEST
+        link = LAST if self.ranks.any(self.checkpoints.best is None) else BEST
         best = self.checkpoints.folder / link / POLICY
         video = self.run_dir / "videos" / "last.mp4"
         results = {
@@ -279,5 +280,5 @@ class Trainer:
             "seconds": round(time.monotonic() - self._opened, 1),
         }
         if self.ranks.rank == 0:
-            write_results(self.run_dir, results, self.config)
+            write_results(self.run_dir, results, self.config, self.seed)
         return results

@@ -18,7 +18,7 @@ from conftest import TINY
 from embodied_rl.builders import add_judge, build_env, build_policy, build_q_head
 from embodied_rl.channel import HANDLE, Channel
 from embodied_rl.checkpoint import read_checkpoint
-from embodied_rl.collecting_process import CollectingProcess, open_env
+from embodied_rl.collecting_process import CollectingProcess, collecting_device, open_env
 from embodied_rl.collector import Collector, episode_seed
 from embodied_rl.distributed import Ranks
 from embodied_rl.errors import UserError
@@ -397,6 +397,26 @@ def test_its_device_is_checked_before_it_starts(make_config):
 
 
 @pytest.mark.unit
+@pytest.mark.parametrize(
+    ("name", "learner", "place"),
+    [
+        (None, "cuda:1", "cuda:1"),
+        ("auto", "cuda:1", "cuda:1"),
+        ("cuda", "cuda:1", "cuda:1"),
+        ("cuda:0", "cuda:1", "cuda:0"),
+        ("cpu", "cuda:1", "cpu"),
+        (None, "cpu", "cpu"),
+        ("cuda", "cpu", "cuda:1"),
+    ],
+)
+def test_its_device_is_that_of_its_learner(monkeypatch, name, learner, place):
+    """Of the second process on a machine of two GPUs."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert collecting_device(name, torch.device(learner)) == torch.device(place)
+
+
+@pytest.mark.unit
 def test_trainer_refuses_environments_of_its_own(make_config, make_policy, tmp_path):
     config = make_config(ASYNC)
     env = build_env(config.env, 2, CPU)
@@ -469,7 +489,7 @@ def alive(pid: int) -> bool:
 
 def gone(below: dict[int, str]) -> None:
     """Waits until none of these processes is alive."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + TIMEOUT
     while left := [pid for pid in below if alive(pid)]:
         assert time.monotonic() < deadline, [below[pid] for pid in left]
         time.sleep(0.05)
@@ -498,7 +518,7 @@ def test_sigkill_of_the_collector_ends_the_run(tmp_path):
     wait_for_checkpoint(process, tmp_path / "run")
     collector = collector_of(process.pid)
     os.kill(collector, signal.SIGKILL)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 2
     assert f"error: the collecting process (rollout.asynchronous=true, pid {collector}) " in err
     assert "ended with exit code -9 (killed" in err and "Traceback" not in err
@@ -513,7 +533,7 @@ def test_ctrl_c_stops_and_resume_goes_on(tmp_path):
     wait_for_checkpoint(process, run)
     below = descendants(process.pid)
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 128 + signal.SIGINT, err
     assert "stopped; continue with: python -m embodied_rl.train resume=run" in out
     assert "Traceback" not in err

@@ -5,6 +5,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from torch.multiprocessing import spawn
 
 from embodied_rl.builders import build_policy, build_q_head, build_sac
 from embodied_rl.config import Config
-from embodied_rl.distributed import Ranks, join
+from embodied_rl.distributed import Ranks, join, leave
+from embodied_rl.distributed.launch import backend_for
 from embodied_rl.errors import RunStopped
 from embodied_rl.load_config import load_config
 from embodied_rl.policy import Policy
@@ -26,6 +28,8 @@ from embodied_rl.types import ArraySpec, Batch, EnvSpec
 pytestmark = pytest.mark.dist
 CPU = torch.device("cpu")
 B, D, H, A = 16, 4, 3, 2
+TIMEOUT = 300
+LAG = 5  # seconds that a process waits for one that lags
 Job = tuple[list[str], int, bool]  # config, updates, whether statistics are shared
 SPEC = EnvSpec({"state": ArraySpec((D,), torch.float32)}, A, 20, "fake reach")
 
@@ -166,30 +170,83 @@ def test_processes_equal_one(weights, head, way, world):
     assert furthest(weights[1][job], weights[world][job]) < 1e-10
 
 
-def waiting(rank: int, world: int, port: int, results: str) -> None:
+def waiting(rank: int, world: int, port: int, folder: str) -> None:
     """The second process comes late; the first writes what it was told."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_PORT=str(port))
-    ranks, _ = join("cpu", 3)
+    Path(folder, str(rank)).touch()
+    while not Path(folder, str(1 - rank)).exists():  # the timeout below is not for slow starts
+        time.sleep(0.01)
+    ranks, _ = join("cpu", LAG)
     assert ranks.all(True) and not ranks.any(False) and ranks.any(rank == 1)
     if rank == 1:
-        time.sleep(7)
+        deadline = time.monotonic() + TIMEOUT
+        while not Path(folder, "told").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
         return
     try:
         ranks.any(False)
     except RunStopped as error:
-        Path(results).write_text(str(error))
+        Path(folder, "told").write_text(str(error))
+
+
+def free_port(monkeypatch) -> int:
+    """Where two processes on this machine may meet."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def test_a_process_that_lags_is_named(monkeypatch, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    spawn(waiting, (2, port, str(tmp_path / "told")), nprocs=2, join=True)
+    spawn(waiting, (2, free_port(monkeypatch), str(tmp_path)), nprocs=2, join=True)
     told = (tmp_path / "told").read_text()
     assert f"rank 1 on {socket.gethostname()} did not answer" in told
     assert "train.rank_timeout" in told
+
+
+@pytest.mark.parametrize(
+    ("gpus", "backend"),
+    [
+        (["GPU-a", "GPU-b"], "cpu:gloo,cuda:nccl"),
+        (["GPU-a", "GPU-a"], "gloo"),  # two processes, device=cuda:0
+        (["GPU-a", "GPU-b", "GPU-c", "GPU-c"], "gloo"),  # the second machine has one for two
+        (["GPU-a", ""], "gloo"),
+        (["", ""], "gloo"),
+    ],
+)
+def test_nccl_where_every_process_has_a_gpu_of_its_own(gpus, backend):
+    assert backend_for(gpus) == backend
+
+
+def met(rank: int, world: int, port: int, folder: str) -> None:
+    """Joins with GPUs made up; notes the device and what carries the messages."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ["MASTER_PORT"] = str(port)
+    begin, joined = dist.init_process_group, []
+
+    def init_process_group(backend: str, **more) -> None:
+        joined.append(backend)
+        begin("gloo", **more)  # there is no nccl
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: 2)
+        patch.setattr(
+            torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid=f"GPU-{i}")
+        )
+        patch.setattr(torch.cuda, "set_device", joined.append)
+        patch.setattr(dist, "init_process_group", init_process_group)
+        for device in ("auto", "cuda:1"):
+            joined.append(join(device, TIMEOUT)[1])
+            leave()
+    Path(folder, str(rank)).write_text(" ".join(joined))
+
+
+def test_processes_tell_one_another_their_gpus(monkeypatch, tmp_path):
+    spawn(met, (2, free_port(monkeypatch), str(tmp_path)), nprocs=2, join=True)
+    for rank in range(2):
+        own = f"cuda:{rank} cpu:gloo,cuda:nccl cuda:{rank} cuda:1 gloo cuda:1"
+        assert (tmp_path / str(rank)).read_text() == own
 
 
 def test_the_comparison_notices_unshared_statistics(weights):

@@ -2,25 +2,25 @@
 
 import json
 import os
-import signal
-import subprocess
+import socket
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from test_dist import A, D, H, all_weights, make_learner, take_updates
-from test_ranks import TIMEOUT, WORDS, finish, learner, start
+from test_dist import CPU, A, D, H, all_weights, free_port, make_learner, take_updates
+from test_ranks import TIMEOUT, WORDS, finish, kill_worker, learner, start
 from tiny_flow import TinyFlow
+from torch.distributed import distributed_c10d as c10d
 from torch.multiprocessing import spawn
 
 from embodied_rl import checkpoint
-from embodied_rl.config import Config
-from embodied_rl.distributed import Ranks, choice, choose_engine, fsdp, sharded
-from embodied_rl.errors import UserError
+from embodied_rl.config import Config, OptimConfig
+from embodied_rl.distributed import Ranks, choice, choose_engine, fsdp, join, sharded, zero
+from embodied_rl.errors import RunStopped, UserError
 from embodied_rl.load_config import load_config
 from embodied_rl.policy import Policy
 from embodied_rl.registry import BACKBONES
@@ -261,6 +261,45 @@ def test_each_process_holds_half_of_the_moments(world, engine):
         assert all(count == pytest.approx(whole[n] / 2, rel=0.05) for n, count in held.items())
 
 
+def left_alone(rank: int, world: int, port: int, engine: str, folder: str) -> None:
+    """The second process goes after a step; the first writes what it was told."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ["MASTER_PORT"] = str(port)
+    ranks, _ = join("cpu", TIMEOUT)
+    built = choice.EngineChoice(engine, 2, False, "").build(ranks)
+    weights = torch.nn.Parameter(torch.zeros(sharded.SMALL))
+    trainable = built.attach("critic", [weights], OptimConfig())
+    built.step(trainable, weights.sum())
+    if rank == 1:
+        os._exit(0)
+    groups = [group._get_backend(CPU) for group in c10d._world.pg_map]
+    waits = [backend.options._timeout.total_seconds() for backend in groups]
+    Path(folder, "waits.json").write_text(json.dumps(waits))
+    try:
+        while True:
+            built.step(trainable, weights.sum())
+    except RunStopped as error:
+        Path(folder, "step").write_text(str(error))
+    try:
+        built.state_dict()
+    except RunStopped as error:
+        Path(folder, "state_dict").write_text(str(error))
+    os._exit(0)  # without farewell to the other, whom the libraries would wait for
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_who_leaves_a_library_waiting_is_named(monkeypatch, tmp_path, engine):
+    """Also in messages of FSDP's and DeepSpeed's own; all their groups have our timeout."""
+    port = free_port(monkeypatch)
+    spawn(left_alone, (2, port, engine, str(tmp_path)), nprocs=2, join=True)
+    for name in ("step", "state_dict"):
+        told = (tmp_path / name).read_text()
+        assert f"rank 1 on {socket.gethostname()} did not answer" in told
+    waits = json.loads((tmp_path / "waits.json").read_text())
+    assert set(waits) == {TIMEOUT} and (len(waits) > 1) == (engine == "deepspeed")
+
+
 # ---------------------------------------------------------------- whole runs
 
 RUN = (*WORDS, "critic.hidden=[40,40]", "actor.hidden=[40,40]", "eval.interval=96", "run_dir=run")
@@ -271,19 +310,12 @@ def test_a_sharded_run_is_killed_and_resumed_by_two_and_by_one(tmp_path):
     """Resumed by as many, it is the run that nobody interrupted; then one process goes on."""
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-    words = (*RUN, "train.engine=fsdp", "train.total_steps=96")
+    words = (*RUN, "train.engine=fsdp", "train.total_steps=128", "eval.interval=128")
     printed = finish(tmp_path / "whole", 2, *words)
     assert "2 processes, fsdp" in printed
     run = start(tmp_path / "killed", 2, *words)
-    deadline = time.monotonic() + TIMEOUT
-    while not (tmp_path / "killed" / "run" / "checkpoints" / "step_000000064").exists():
-        assert time.monotonic() < deadline and run.poll() is None
-        time.sleep(0.05)
-    found = subprocess.run(
-        ["pgrep", "-P", str(run.pid), "-f", "embodied_rl.train"], capture_output=True, text=True
-    )
-    os.kill(int(found.stdout.split()[1]), signal.SIGKILL)
-    run.communicate(timeout=60)
+    kill_worker(run, 1, 64, tmp_path / "killed" / "run")
+    run.communicate(timeout=TIMEOUT)
     assert run.returncode != 0
     finish(tmp_path / "killed", 2, "resume=run")
     first, second = (learner(tmp_path / name / "run") for name in ("whole", "killed"))
@@ -291,9 +323,9 @@ def test_a_sharded_run_is_killed_and_resumed_by_two_and_by_one(tmp_path):
     assert all(torch.equal(t, second[name]) for name, t in first.items())
     moments = [t for name, t in first.items() if "/sac/engine/critic/" in name]
     assert moments and max(t.numel() for t in moments) == 40 * 40, "whole ones are saved"
-    printed = finish(tmp_path / "killed", 1, "resume=run", "train.total_steps=128")
+    printed = finish(tmp_path / "killed", 1, "resume=run", "train.total_steps=160")
     assert "note: train.engine=fsdp shares work out between processes" in printed
-    assert (tmp_path / "killed" / "run" / "checkpoints" / "step_000000128").exists()
+    assert (tmp_path / "killed" / "run" / "checkpoints" / "step_000000160").exists()
 
 
 @pytest.mark.dist
@@ -357,6 +389,22 @@ def test_missing_deepspeed_names_the_command(no_accelerate, monkeypatch):
     monkeypatch.setattr(choice, "installed", lambda: False)
     with pytest.raises(UserError, match="pip install deepspeed"):
         chosen("train.engine=deepspeed")
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("device", "chosen"), [("cpu", "cpu:1"), ("cuda:0", "cuda:0"), ("cuda:3", "cuda:3")]
+)
+def test_deepspeed_works_where_the_networks_are(monkeypatch, device, chosen):
+    """And not on the GPU numbered LOCAL_RANK; DeepSpeed's own choice, with its GPUs made up."""
+    engine = pytest.importorskip("deepspeed.runtime.engine")
+    kind, taken = torch.device(device).type, []
+    gpus = SimpleNamespace(set_device=taken.append, device_name=lambda i: f"{kind}:{i}")
+    monkeypatch.setattr(engine, "get_accelerator", lambda: gpus)
+    monkeypatch.setattr(engine, "dist", SimpleNamespace(get_world_size=int, get_rank=int))
+    own = SimpleNamespace(local_rank=1)
+    engine.DeepSpeedEngine._set_distributed_vars(own, zero.arguments(torch.device(device)))
+    assert str(own.device) == chosen and taken == [own.device.index]
 
 
 @pytest.mark.unit

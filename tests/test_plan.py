@@ -433,6 +433,12 @@ def test_devices_share_the_batch(default):
     assert shared.held["weights"] == default.held["weights"]
 
 
+def test_devices_share_the_cache():
+    bound = "algorithm.replay_buffer.cache_bytes=4000"
+    caches = [planned(bound, devices=devices).storage for devices in (1, 4)]
+    assert [cache.cache_rows for cache in caches] == [n // caches[0].cached for n in (4000, 1000)]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -17,7 +17,7 @@ import torch
 from conftest import TINY
 from safetensors.torch import load_file
 
-from embodied_rl.checkpoint import read_checkpoint
+from embodied_rl.checkpoint import read_checkpoint, step_of
 from embodied_rl.distributed import Ranks, share
 from embodied_rl.errors import UserError
 from embodied_rl.metrics import read_records
@@ -79,8 +79,32 @@ def finish(folder: Path, world: int, *words: str) -> str:
 
 def children(torchrun: subprocess.Popen) -> list[int]:
     """The processes that it has started, in order of rank."""
-    found = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True)
+    found = subprocess.run(
+        ["pgrep", "-P", str(torchrun.pid), "-f", "embodied_rl.train"],
+        capture_output=True,
+        text=True,
+    )
     return [int(pid) for pid in found.stdout.split()]
+
+
+def kill_worker(run: subprocess.Popen, number: int, step: int, *folders: Path) -> None:
+    """Kills one of a torchrun's processes once a run in these folders has come to a step.
+
+    Its process number is looked up before: the run goes on meanwhile.
+    """
+    wait_for_step(run, 0, *folders)
+    found = children(run)[number]
+    wait_for_step(run, step, *folders)
+    os.kill(found, signal.SIGKILL)
+
+
+def wait_for_step(run: subprocess.Popen, step: int, *folders: Path) -> None:
+    """Waits for a checkpoint of a step or a later one: the run deletes old ones."""
+    deadline = time.monotonic() + TIMEOUT
+    while not any(step_of(p) >= step for f in folders for p in f.glob("checkpoints/step_*")):
+        assert run.poll() is None, run.communicate()[0][-3000:]
+        assert time.monotonic() < deadline, f"no checkpoint of step {step} came"
+        time.sleep(0.01)
 
 
 def learner(folder: Path) -> dict[str, torch.Tensor]:
@@ -129,12 +153,8 @@ def test_killed_rank_ends_the_run_and_resume_continues_exactly(finished, tmp_pat
     whole, _ = finished
     words = (*WORDS, "train.total_steps=320", "run_dir=run")
     run = start(tmp_path, 2, *words)
-    deadline = time.monotonic() + TIMEOUT
-    while not (tmp_path / "run" / "checkpoints" / "step_000000128").exists():
-        assert time.monotonic() < deadline and run.poll() is None
-        time.sleep(0.05)
-    os.kill(children(run)[1], signal.SIGKILL)
-    printed = run.communicate(timeout=60)[0]
+    kill_worker(run, 1, 128, tmp_path / "run")
+    printed = run.communicate(timeout=TIMEOUT)[0]
     assert run.returncode != 0 and "Signal 9" in printed
     assert re.search(r"rank 1 on \S+ did not answer", printed), printed[-3000:]
     printed = finish(tmp_path, 2, "resume=run")
@@ -186,11 +206,7 @@ def test_machines_that_share_nothing_and_restart(finished, tmp_path):
         machine.mkdir()
         runs.append(launch(machine, *words, meeting, "-m", "embodied_rl.train", *settings))
     paths = [m / "run" / "ranks" / f"{r}_of_2" for r in (0, 1) for m in machines]
-    deadline = time.monotonic() + TIMEOUT
-    while not list(tmp_path.glob("*/run/checkpoints/step_000000128")):
-        assert time.monotonic() < deadline and runs[0].poll() is None
-        time.sleep(0.05)
-    os.kill(children(runs[1])[0], signal.SIGKILL)
+    kill_worker(runs[1], 0, 128, *(machine / "run" for machine in machines))
     printed = [run.communicate(timeout=TIMEOUT)[0] for run in runs]
     assert all(run.returncode == 0 for run in runs), "\n\n".join(printed)[-5000:]
     assert "resuming" in printed[0] + printed[1]
@@ -250,8 +266,7 @@ def state(folder: Path, part: str) -> dict:
 
 @pytest.mark.unit
 def test_shares(make_config):
-    ranks = Ranks()
-    ranks.world, ranks.rank = 2, 1
+    ranks = two()[1]
     config = make_config("env.num_envs=4", "eval.num_envs=2", "algorithm.batch_size=16")
     part = share(config, ranks)
     assert (part.env.num_envs, part.eval.num_envs, part.algorithm.batch_size) == (2, 1, 8)
@@ -265,3 +280,42 @@ def test_shares(make_config):
         words |= dict([word.split("=")])
         with pytest.raises(UserError, match=f"{name} cannot be shared by 2 processes"):
             share(make_config(*(f"{k}={v}" for k, v in words.items())), ranks)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("batch", "fraction", "rows"),
+    [(12, 0.25, [1, 2]), (16, 0.25, [2, 2]), (4, 0.25, [0, 1]), (4, 0, [0, 0]), (8, 0.99, [4, 4])],
+)
+def test_demonstrations_are_a_share_of_the_whole_batch(make_config, batch, fraction, rows):
+    config = make_config(
+        "env.num_envs=4", f"algorithm.batch_size={batch}", f"algorithm.demo.fraction={fraction}"
+    )
+    parts = [share(config, ranks).algorithm for ranks in two()]
+    assert [round(part.demo.fraction * part.batch_size) for part in parts] == rows
+
+
+@pytest.mark.unit
+def test_replay_is_shared(make_config):
+    """Sizes of the run, divided and rounded up; what has no bound keeps none."""
+    settings = "algorithm.replay_buffer"
+    config = make_config(
+        "env.num_envs=4",
+        f"{settings}.cache_size=9",
+        f"{settings}.sample_window_size=8",
+        f"{settings}.min_buffer_size=1",
+        f"{settings}.cache_bytes=1001",
+    )
+    for ranks in two():
+        part = share(config, ranks).algorithm.replay_buffer
+        assert (part.cache_size, part.sample_window_size, part.min_buffer_size) == (5, 4, 1)
+        assert (part.cache_bytes, part.max_bytes) == (501, None)
+        assert part.segment_size == config.algorithm.replay_buffer.segment_size
+
+
+def two() -> list[Ranks]:
+    """Both of two processes, without their group."""
+    pair = [Ranks(), Ranks()]
+    for rank, ranks in enumerate(pair):
+        ranks.world, ranks.rank = 2, rank
+    return pair

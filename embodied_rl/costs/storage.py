@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from embodied_rl.config import AlgorithmConfig
+from embodied_rl.config import AlgorithmConfig, ReplayBufferConfig
 from embodied_rl.costs.draft import Draft
+from embodied_rl.distributed import share_replay
 from embodied_rl.replay.cache import FIRST, TrajectoryCache
 from embodied_rl.replay.gather import TransitionReader
 from embodied_rl.types import PREFIX, Features, Trajectory
@@ -80,7 +81,7 @@ def storage(draft: Draft, features: Features, max_episode_steps: int, devices: i
     pieces = math.ceil(episode / config.rollout.max_trajectory_steps)
     rows = min(episode, config.rollout.max_trajectory_steps) + 1
     trajectories = math.ceil(config.train.total_steps / max_episode_steps) * pieces
-    settings = algorithm.replay_buffer
+    shard = share_replay(algorithm.replay_buffer, devices)
     return Storage(
         seen,
         made,
@@ -90,8 +91,8 @@ def storage(draft: Draft, features: Features, max_episode_steps: int, devices: i
         _cached(plain, algorithm),
         rows,
         trajectories,
-        min(trajectories, settings.sample_window_size),
-        _cache_rows(math.ceil(trajectories / devices), rows, cached, algorithm),
+        min(trajectories, algorithm.replay_buffer.sample_window_size),
+        _cache_rows(math.ceil(trajectories / devices), rows, cached, shard),
     )
 
 
@@ -126,9 +127,8 @@ def _cached(fields: dict[str, Tensor], algorithm: AlgorithmConfig) -> int:
     return cache.nbytes // ROWS
 
 
-def _cache_rows(trajectories: int, rows: int, row_bytes: int, algorithm: AlgorithmConfig) -> int:
+def _cache_rows(trajectories: int, rows: int, row_bytes: int, settings: ReplayBufferConfig) -> int:
     """Rows allocated by the end, as `TrajectoryCache` grows: it doubles."""
-    settings = algorithm.replay_buffer
     if not settings.enable_cache:
         return 0
     wanted = min(trajectories, settings.cache_size) * rows

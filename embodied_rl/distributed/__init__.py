@@ -5,11 +5,11 @@ The only place that may import accelerate, deepspeed or torch.distributed.
 
 from embodied_rl.distributed.choice import EngineChoice, choose_engine
 from embodied_rl.distributed.ddp import DdpEngine
-from embodied_rl.distributed.launch import join, leave, train_command
+from embodied_rl.distributed.launch import join, leave, own_gpu, train_command
 from embodied_rl.distributed.local import LocalEngine, LocalTrainable
 from embodied_rl.distributed.optimised import Optimised
 from embodied_rl.distributed.ranks import Ranks
-from embodied_rl.distributed.shares import share
+from embodied_rl.distributed.shares import share, share_replay
 
 __all__ = [
     "DdpEngine",
@@ -21,6 +21,8 @@ __all__ = [
     "choose_engine",
     "join",
     "leave",
+    "own_gpu",
     "share",
+    "share_replay",
     "train_command",
 ]

@@ -34,25 +34,42 @@ def join(device: str, timeout: float) -> tuple[Ranks, str]:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return Ranks(), device
-    if device in ("auto", "cuda") and torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        device = f"cuda:{local % torch.cuda.device_count()}"
-        torch.cuda.set_device(device)
-    # messages about what runs on the host (counts, scores) go by gloo beside the gradients' nccl
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # of the ranks, those on this machine
-    shared = here > torch.cuda.device_count()  # several ranks on a GPU: nccl refuses that
-    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") and not shared else "gloo"
+    device = own_gpu(device)
+    visible = range(torch.cuda.device_count())
+    gpus = {f"cuda:{i}": str(torch.cuda.get_device_properties(i).uuid) for i in visible}
+    if device in gpus:
+        torch.cuda.set_device(device)  # FSDP and DeepSpeed work on the present one
     patience = timedelta(seconds=timeout)
     try:
         store, rank, world = next(rendezvous("env://", timeout=patience))
         store = meet_in(store, rank, world, timeout)
+        store.set(f"gpu/{rank}", gpus.get(device, ""))
+        backend = backend_for([store.get(f"gpu/{other}").decode() for other in range(world)])
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"rank {os.environ.get('RANK', '?')} of {world} could not join the others: {error} "
             "Start all of them with one torchrun or accelerate launch."
         ) from error
-    return Ranks(Presence(PrefixStore("presence", store), rank, world)), device
+    return Ranks(Presence(PrefixStore("presence", store), rank, world), patience), device
+
+
+def own_gpu(device: str) -> str:
+    """The GPU of this process among those of its machine, where any of them would do."""
+    visible = torch.cuda.device_count()
+    if device not in ("auto", "cuda") or not visible:
+        return device
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % visible}"
+
+
+def backend_for(gpus: list[str]) -> str:
+    """What carries the messages of processes on these GPUs; "" stands for none.
+
+    Nccl refuses several processes on a GPU. Messages about what runs on the host (counts, scores)
+    go by gloo beside it.
+    """
+    alone = "" not in gpus and len(set(gpus)) == len(gpus)
+    return "cpu:gloo,cuda:nccl" if alone else "gloo"
 
 
 def train_command(world: int) -> str:

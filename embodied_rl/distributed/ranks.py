@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -23,14 +24,16 @@ class Ranks:
 
     Args:
         presence: tells whom a message waits for; None: nobody does.
+        timeout: after which a message that does not arrive fails; None: as the group says.
 
     Attributes:
+        timeout: the same.
         rank: of this process, from 0.
         world: how many there are.
     """
 
-    def __init__(self, presence: Presence | None = None) -> None:
-        self._presence = presence
+    def __init__(self, presence: Presence | None = None, timeout: timedelta | None = None) -> None:
+        self._presence, self.timeout = presence, timeout
         ready = dist.is_available() and dist.is_initialized()
         self.rank: int = dist.get_rank() if ready else 0
         self.world: int = dist.get_world_size() if ready else 1
@@ -59,19 +62,23 @@ class Ranks:
         if self.world == 1:
             return tensor[None]
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
-        with self._named():
+        with self.naming():
             dist.all_gather(parts, tensor.contiguous())
         return torch.stack(parts)
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
+    def naming(self) -> Iterator[None]:
         """Says, where a message fails, which process did not come to it.
+
+        Around what sends messages, a library's included.
 
         Raises:
             RunStopped: it failed.
         """
         try:
             yield
+        except torch.OutOfMemoryError:  # a RuntimeError as well, and this process's own
+            raise
         except RuntimeError as error:
             absent = [] if self._presence is None else self._presence.missing()
             who = ", ".join(absent) if absent else "another process"
@@ -106,7 +113,7 @@ class Ranks:
         if self._presence is not None:
             self._presence.enter()
         count = torch.tensor(int(flag))
-        with self._named():
+        with self.naming():
             dist.all_reduce(count)
         return int(count)
 
@@ -129,7 +136,7 @@ class Ranks:
         for kind in sorted(kinds, key=str):
             group = [t for t in tensors if (t.dtype, t.device) == kind]
             flat = torch.cat([t.reshape(-1) for t in group])
-            with self._named():
+            with self.naming():
                 dist.all_reduce(flat)
             flat /= self.world
             for t, mean in zip(group, flat.split([t.numel() for t in group]), strict=True):

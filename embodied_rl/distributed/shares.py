@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import numpy as np
 
-from embodied_rl.config import Config
+from embodied_rl.config import Config, ReplayBufferConfig
 from embodied_rl.distributed.ranks import Ranks
 from embodied_rl.errors import UserError
 
+REPLAY_SIZES = (
+    "cache_size",
+    "sample_window_size",
+    "min_buffer_size",
+    "cache_bytes",
+    "max_bytes",
+)
+
 
 def share(config: Config, ranks: Ranks) -> Config:
-    """One process's part of the run: its environments, its rows of the batch, its own seed.
+    """One process's part of the run: its environments, rows of the batch, replay, and seed.
 
     Raises:
         UserError: the processes cannot share them equally.
@@ -33,6 +42,19 @@ def share(config: Config, ranks: Ranks) -> Config:
                 f"of the whole run: set a multiple of {ranks.world * least}."
             )
         setattr(owner, key, whole // ranks.world)
+    demo, rows = part.algorithm.demo, part.algorithm.batch_size
+    shown = round(demo.fraction * config.algorithm.batch_size)
+    before, after = (shown * r // ranks.world for r in (ranks.rank, ranks.rank + 1))
+    demo.fraction = (after - before) / rows  # each rounding its own would add up to another number
+    part.algorithm.replay_buffer = share_replay(part.algorithm.replay_buffer, ranks.world)
     words = np.random.SeedSequence([config.seed, ranks.world, ranks.rank]).generate_state(1)
     part.seed = int(words[0])
     return part
+
+
+def share_replay(settings: ReplayBufferConfig, world: int) -> ReplayBufferConfig:
+    """The settings of one shard of `world`; sizes are rounded up, so that none is 0."""
+    whole = {key: getattr(settings, key) for key in REPLAY_SIZES}
+    return dataclasses.replace(
+        settings, **{key: -(-size // world) for key, size in whole.items() if size is not None}
+    )

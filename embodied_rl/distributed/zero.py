@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import logging
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -73,7 +74,8 @@ class ZeroTrainable(Optimised):
         self, name: str, parameters: list[nn.Parameter], config: Any, stage: int, offload: bool
     ) -> None:
         super().__init__(name, parameters, config)
-        deepspeed = load(self.parameters[0].device)
+        device = self.parameters[0].device
+        deepspeed = load(device)
         self._tools = importlib.import_module("deepspeed.utils")
         kind = torch.optim.AdamW if self.weight_decay > 0 else torch.optim.Adam
         adam = kind(
@@ -84,6 +86,7 @@ class ZeroTrainable(Optimised):
             fused=True,
         )
         self._engine, self._zero, *_ = deepspeed.initialize(
+            args=arguments(device),
             model=Holder(self.parameters),
             optimizer=adam,
             config=settings(stage, offload, config.clip_grad),
@@ -173,6 +176,11 @@ class ZeroEngine(ShardedEngine):
 
     def _shard(self, name: str, parameters: list[nn.Parameter], config: Any) -> ZeroTrainable:
         return ZeroTrainable(name, parameters, config, self.stage, self.offload)
+
+
+def arguments(device: torch.device) -> SimpleNamespace | None:
+    """Where DeepSpeed is to work: without it, on the GPU numbered LOCAL_RANK, whatever we use."""
+    return SimpleNamespace(device_rank=device.index or 0) if device.type == "cuda" else None
 
 
 def settings(stage: int, offload: bool, clip: float | None) -> dict[str, Any]:
