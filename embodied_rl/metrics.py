@@ -145,7 +145,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def write_results(folder: Path, results: dict[str, Any], config: Config, seed: int) -> None:
-    """Writes `results.json` into a run's folder, and draws its curve; the seed is the whole run's."""
+    """Writes `results.json` into a run's folder, and draws its curve; `seed` is the run's."""
     path = folder / "results.json"
     path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     title = f"{config.env.name}, {config.algorithm.q_head_type}"
