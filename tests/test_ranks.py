@@ -79,11 +79,7 @@ def finish(folder: Path, world: int, *words: str) -> str:
 
 def children(torchrun: subprocess.Popen) -> list[int]:
     """The processes that it has started, in order of rank."""
-    found = subprocess.run(
-        ["pgrep", "-P", str(torchrun.pid), "-f", "embodied_rl.train"],
-        capture_output=True,
-        text=True,
-    )
+    found = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True)
     return [int(pid) for pid in found.stdout.split()]
 
 
