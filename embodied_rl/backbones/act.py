@@ -13,17 +13,14 @@ from torch import Tensor, nn
 from embodied_rl.backbones.act_network import ActNetwork, ActSizes
 from embodied_rl.backbones.act_settings import ActSettings, fit, read_act
 from embodied_rl.backbones.act_weights import build_network, load_network
-from embodied_rl.backbones.lerobot_buffers import split_buffers
-from embodied_rl.backbones.lerobot_folder import read_tensors
 from embodied_rl.backbones.lerobot_normalise import Normaliser
 from embodied_rl.backbones.pi0_inputs import state_vector
 from embodied_rl.backbones.pi0_network import check_dtype
+from embodied_rl.backbones.source import read_source, rebuild, record
 from embodied_rl.config import PolicyConfig
 from embodied_rl.errors import UserError
 from embodied_rl.interfaces import Backbone
 from embodied_rl.types import EnvSpec, Features, Obs
-
-WEIGHTS = "model.safetensors"
 
 
 class ActBackbone(Backbone):
@@ -125,34 +122,20 @@ class ActBackbone(Backbone):
             UserError: something in the folder or in `config` does not fit; says what.
         """
         dtype = check_dtype(config.dtype)
-        weights, buffers = split_buffers(read_tensors(folder / WEIGHTS))
+        weights, buffers = read_source(folder)
         sizes, settings = read_act(folder, buffers, config)
         network = load_network(weights, sizes, dtype, str(folder))
         return cls(network, settings, config.dtype, str(folder.resolve()))
 
     def config_dict(self) -> dict[str, Any]:
         """Sizes, precision, source of the weights and settings."""
-        return {
-            "network": asdict(self.network.sizes),
-            "dtype": self.dtype_name,
-            "source": self.source,
-            **asdict(self.settings),
-        }
+        sizes = asdict(self.network.sizes)
+        return record(sizes, self.dtype_name, self.source, self.settings)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ActBackbone:
         """Rebuilds the module: weights from `source`, or random ones where that is null."""
-        settings = dict(config)
-        network_args, dtype_name, source = (
-            settings.pop(key) for key in ("network", "dtype", "source")
-        )
-        sizes, dtype = ActSizes(**network_args), check_dtype(dtype_name)
-        if source is None:
-            network = build_network(sizes, dtype)
-        else:
-            weights, _ = split_buffers(read_tensors(Path(source) / WEIGHTS))
-            network = load_network(weights, sizes, dtype, source)
-        return cls(network, ActSettings(**settings), dtype_name, source)
+        return cls(*rebuild(config, ActSizes, ActSettings, build_network, load_network))
 
     @classmethod
     def for_env(cls, spec: EnvSpec) -> ActBackbone:

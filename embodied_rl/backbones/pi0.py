@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from embodied_rl.backbones.pi0_prefix import average, encode, prefix_blocks
 from embodied_rl.backbones.pi0_settings import Pi0Settings, fit
 from embodied_rl.backbones.pi0_training import flow_loss
 from embodied_rl.backbones.prompts import pad_prompts
+from embodied_rl.backbones.source import record
 from embodied_rl.command_configs import PretrainConfig
 from embodied_rl.config import PolicyConfig
 from embodied_rl.errors import UserError
@@ -257,12 +257,8 @@ class Pi0Backbone(FlowBackbone, Imitator):
 
     def config_dict(self) -> dict[str, Any]:
         """Network, precision, source of the weights and settings."""
-        return {
-            "network": network_dict(self.network.config),
-            "dtype": self.dtype_name,
-            "source": self.source,
-            **asdict(self.settings),
-        }
+        network = network_dict(self.network.config)
+        return record(network, self.dtype_name, self.source, self.settings)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Pi0Backbone:

@@ -27,6 +27,7 @@ from embodied_rl.backbones.pi0_settings import (
 )
 from embodied_rl.backbones.prompts import find_tokenizer, load_tokenizer
 from embodied_rl.backbones.published_folder import write_folder
+from embodied_rl.backbones.source import split_record
 from embodied_rl.config import PolicyConfig
 
 
@@ -79,8 +80,7 @@ def rebuild(
     config: dict[str, Any],
 ) -> tuple[PI0ForConditionalGeneration, Pi0Settings, str, str | None]:
     """What `Pi0Backbone` is made of, out of its `config_dict`."""
-    settings = dict(config)
-    network_args, dtype_name, source = (settings.pop(key) for key in ("network", "dtype", "source"))
+    network_args, dtype_name, source, settings = split_record(config)
     network_config = from_transformers(network_args, "the policy's config")
     dtype = check_dtype(dtype_name)
     if source is None:

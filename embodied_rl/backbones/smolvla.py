@@ -11,15 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embodied_rl.backbones.images import to_pixels
-from embodied_rl.backbones.lerobot_buffers import split_buffers
-from embodied_rl.backbones.lerobot_folder import read_tensors
 from embodied_rl.backbones.lerobot_normalise import Normaliser
 from embodied_rl.backbones.pi0_inputs import state_vector
 from embodied_rl.backbones.pi0_network import check_dtype
 from embodied_rl.backbones.pi0_settings import fit
 from embodied_rl.backbones.prompts import pad_prompts
 from embodied_rl.backbones.smolvla_folder import (
-    WEIGHTS,
     SmolVLASettings,
     read_smolvla,
     tokenizer_of,
@@ -27,6 +24,7 @@ from embodied_rl.backbones.smolvla_folder import (
 from embodied_rl.backbones.smolvla_network import SmolVLAContext, SmolVLANetwork
 from embodied_rl.backbones.smolvla_sizes import SmolVLASizes
 from embodied_rl.backbones.smolvla_weights import build_network, load_network
+from embodied_rl.backbones.source import read_source, rebuild, record
 from embodied_rl.config import PolicyConfig
 from embodied_rl.errors import UserError
 from embodied_rl.interfaces import FlowBackbone
@@ -171,7 +169,7 @@ class SmolVLABackbone(FlowBackbone):
             UserError: something in the folder or in `config` does not fit; says what.
         """
         dtype = check_dtype(config.dtype)
-        weights, buffers = split_buffers(read_tensors(folder / WEIGHTS))
+        weights, buffers = read_source(folder)
         sizes, settings = read_smolvla(folder, buffers, config)
         settings.tokenizer = str(tokenizer_of(folder, config.tokenizer).resolve())
         network = load_network(weights, sizes, dtype, str(folder))
@@ -179,27 +177,13 @@ class SmolVLABackbone(FlowBackbone):
 
     def config_dict(self) -> dict[str, Any]:
         """Sizes, precision, source of the weights and settings."""
-        return {
-            "network": asdict(self.network.sizes),
-            "dtype": self.dtype_name,
-            "source": self.source,
-            **asdict(self.settings),
-        }
+        sizes = asdict(self.network.sizes)
+        return record(sizes, self.dtype_name, self.source, self.settings)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SmolVLABackbone:
         """Rebuilds the module: weights from `source`, or random ones where that is null."""
-        settings = dict(config)
-        network_args, dtype_name, source = (
-            settings.pop(key) for key in ("network", "dtype", "source")
-        )
-        sizes, dtype = SmolVLASizes(**network_args), check_dtype(dtype_name)
-        if source is None:
-            network = build_network(sizes, dtype)
-        else:
-            weights, _ = split_buffers(read_tensors(Path(source) / WEIGHTS))
-            network = load_network(weights, sizes, dtype, source)
-        return cls(network, SmolVLASettings(**settings), dtype_name, source)
+        return cls(*rebuild(config, SmolVLASizes, SmolVLASettings, build_network, load_network))
 
     @classmethod
     def for_env(cls, spec: EnvSpec) -> SmolVLABackbone:

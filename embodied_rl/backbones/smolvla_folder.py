@@ -17,7 +17,6 @@ from embodied_rl.backbones.smolvla_sizes import SMOLVLM, SmolVLASizes, read_size
 from embodied_rl.config import PolicyConfig
 from embodied_rl.errors import UserError
 
-WEIGHTS = "model.safetensors"
 STEPS = frozenset({"smolvla_new_line_processor"})
 PROMPT = 48  # tokens of an instruction, where the folder does not say
 

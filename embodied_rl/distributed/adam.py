@@ -19,7 +19,7 @@ _LIBRARY.define(
 )
 
 
-def adam(
+def _adam(
     parameters: list[Tensor],
     gradients: list[Tensor],
     exp_avgs: list[Tensor],
@@ -43,22 +43,6 @@ def adam(
         beta2: decay of the second moments.
         weight_decay: decoupled (Loshchilov and Hutter 2019); 0 for none.
     """
-    torch.ops.embodied_rl.adam(
-        parameters, gradients, exp_avgs, exp_avg_sqs, steps, rate, beta1, beta2, weight_decay
-    )
-
-
-def _adam(
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    rate: Tensor,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-) -> None:
     kernel = torch.ops.aten._fused_adamw_ if weight_decay > 0 else torch.ops.aten._fused_adam_
     kernel(
         parameters,
@@ -83,3 +67,6 @@ _LIBRARY.impl("adam", _adam, "CompositeExplicitAutograd")
 @torch.library.register_fake("embodied_rl::adam")
 def _adam_fake(*args: object) -> None:
     """Shapes only: nothing comes back."""
+
+
+adam = torch.ops.embodied_rl.adam.default  # a graph of torch.compile holds it whole
