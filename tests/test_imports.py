@@ -78,8 +78,8 @@ SAC_MAY = {
     "trained_backbone",
 }
 CONFINED = {  # third-party module -> where alone it may be imported
-    "mani_skill": {"envs.maniskill"},
-    "sapien": {"envs.maniskill"},
+    "mani_skill": {"envs.maniskill", "envs.maniskill_poses"},
+    "sapien": {"envs.maniskill", "envs.maniskill_poses"},
     "accelerate": {"distributed"},
     "deepspeed": {"distributed"},
     "torch.distributed": {"distributed"},

@@ -1,4 +1,4 @@
-"""ManiSkill tasks: CPU simulation in worker processes. The only importer of `mani_skill`."""
+"""ManiSkill tasks: CPU simulation in worker processes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mani_skill.utils.registration import REGISTERED_ENVS
 from mani_skill.utils.structs import Actor
 
 from embodied_rl.config import EnvConfig
+from embodied_rl.envs import maniskill_poses
 from embodied_rl.envs.mixture import MixtureEnv
 from embodied_rl.envs.process import SingleEnv
 from embodied_rl.envs.worker import WorkerVecEnv
@@ -92,6 +93,7 @@ class ManiSkillEnv:
 
     def __init__(self, config: EnvConfig, render_backend: str = "cpu") -> None:
         logger.setLevel(logging.ERROR)  # its warnings on absent GPUs repeat in every worker
+        maniskill_poses.install()
         if config.task not in REGISTERED_ENVS:
             raise UserError(
                 f"env.task={config.task!r} is not a ManiSkill task."
