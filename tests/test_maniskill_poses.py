@@ -71,6 +71,7 @@ class TestFunctions:
         a, b = (ours.Pose(raw_pose=torch.randn(n, 7)) for n in (left, right))
         assert torch.equal(ours.compose(a, b).raw_pose, ours._compose(a, b).raw_pose)
         assert torch.equal(ours.invert(a).raw_pose, ours._invert(a).raw_pose)
+        assert torch.equal(ours.matrix(b), ours._matrix(b))
 
     def test_of_the_simulator(self):
         import sapien

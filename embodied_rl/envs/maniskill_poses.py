@@ -20,12 +20,13 @@ from mani_skill.utils.structs.pose import Pose
 # (a b) component c = sum over k of a[k] * b[SECOND[k, c]] * SIGN[k, c], added in the order of k
 SECOND = np.array([[0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 0, 1], [3, 2, 1, 0]])
 SIGN = np.array([[1, 1, 1, 1], [-1, 1, -1, 1], [-1, 1, 1, -1], [-1, -1, 1, 1]], np.float32)
+CPU = torch.device("cpu")
 CONJUGATE = np.array([1, -1, -1, -1], np.float32)
 
 _multiply = rotation_conversions.quaternion_raw_multiply
 _apply = rotation_conversions.quaternion_apply
 _create = Pose.create.__func__  # type: ignore[attr-defined]
-_compose, _invert = Pose.__mul__, Pose.inv
+_compose, _invert, _matrix = Pose.__mul__, Pose.inv, Pose.to_transformation_matrix
 
 
 def install() -> None:
@@ -34,6 +35,7 @@ def install() -> None:
     pose_module.quaternion_apply = apply
     Pose.create = classmethod(create)  # type: ignore[assignment, method-assign]
     Pose.__mul__, Pose.inv = compose, invert  # type: ignore[method-assign]
+    Pose.to_transformation_matrix = matrix  # type: ignore[method-assign]
 
 
 def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -79,6 +81,27 @@ def invert(self: Pose) -> Pose:
     return Pose(raw_pose=torch.from_numpy(np.concatenate([_turned(turn, -own[:, :3]), turn], 1)))
 
 
+def matrix(self: Pose) -> torch.Tensor:
+    """Homogeneous matrices [N, 4, 4]."""
+    own = _array(self)
+    if own is None:
+        return _matrix(self)
+    r, i, j, k = own[:, 3:].T
+    double = np.float32(2) / (own[:, 3:] * own[:, 3:]).sum(-1)
+    out = np.zeros((len(own), 4, 4), np.float32)
+    out[:, 0, 0] = 1 - double * (j * j + k * k)
+    out[:, 0, 1] = double * (i * j - k * r)
+    out[:, 0, 2] = double * (i * k + j * r)
+    out[:, 1, 0] = double * (i * j + k * r)
+    out[:, 1, 1] = 1 - double * (i * i + k * k)
+    out[:, 1, 2] = double * (j * k - i * r)
+    out[:, 2, 0] = double * (i * k - j * r)
+    out[:, 2, 1] = double * (j * k + i * r)
+    out[:, 2, 2] = 1 - double * (i * i + j * j)
+    out[:, :3, 3], out[:, 3, 3] = own[:, :3], 1
+    return torch.from_numpy(out)
+
+
 def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     parts = a[..., :, None] * (b[..., SECOND] * SIGN)
     return parts[..., 0, :] + parts[..., 1, :] + parts[..., 2, :] + parts[..., 3, :]
@@ -112,4 +135,4 @@ def _plain(tensor: torch.Tensor) -> bool:
 
 
 def _on_cpu(device: Any) -> bool:
-    return device is None or torch.device(device).type == "cpu"
+    return device is None or device == CPU
