@@ -25,10 +25,10 @@ setup-dev: $(VENV)/dev.stamp $(VENV)/render.stamp ## the same with what tests an
 train: setup ## finetune with CrossQ; ARGS="key=value ..." changes the run
 	@$(BIN)/python -m embodied_rl.train algorithm.q_head_type=crossq $(ARGS)
 
-# Two processes, a file of tests to each at a time: most tests are one thread that waits for others.
+# Three processes, a file of tests to each at a time: most tests are a thread that waits for others.
 # With STATUS_FILE pytest's own exit status goes there, and its last line stays the last.
 test: setup-dev ## run the tests; ARGS="-m unit" selects
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)$(if $(STATUS_FILE),; echo $$? > $(STATUS_FILE))
+	@$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)$(if $(STATUS_FILE),; echo $$? > $(STATUS_FILE))
 
 lint: setup-dev ## ruff and pyright
 	@$(BIN)/ruff check .

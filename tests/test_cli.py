@@ -387,7 +387,13 @@ def test_demos_pretrain_and_train_in_maniskill(call, tmp_path):
     """The whole path in the real simulator, as small as it gets."""
     done = call("demos", "out=demos", "episodes=1")
     assert done.returncode == 0, done.stderr
-    small = ("env.num_envs=1", "eval.episodes=1", "eval.num_envs=1", "eval.video_episodes=1")
+    small = (
+        "env.num_envs=1",
+        "eval.episodes=1",
+        "eval.num_envs=1",
+        "eval.video_episodes=1",
+        "env.render_size=128",
+    )
     done = call("pretrain", "data=demos", "out=bc", "steps=20", "hidden=[16]", *small)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "bc" / "evaluation.mp4").stat().st_size > 1000

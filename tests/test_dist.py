@@ -219,7 +219,7 @@ def test_nccl_where_every_process_has_a_gpu_of_its_own(gpus, backend):
     assert backend_for(gpus) == backend
 
 
-def met(rank: int, world: int, port: int, folder: str) -> None:
+def met(rank: int, world: int, port: int, device: str, folder: str) -> None:
     """Joins with GPUs made up; notes the device and what carries the messages."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ["MASTER_PORT"] = str(port)
@@ -236,17 +236,24 @@ def met(rank: int, world: int, port: int, folder: str) -> None:
         )
         patch.setattr(torch.cuda, "set_device", joined.append)
         patch.setattr(dist, "init_process_group", init_process_group)
-        for device in ("auto", "cuda:1"):
-            joined.append(join(device, TIMEOUT)[1])
-            leave()
+        ranks, place = join(device, TIMEOUT)
+        joined.append(place)
+        ranks.meet()  # the first process has the store that the other still reads
+        leave()
     Path(folder, str(rank)).write_text(" ".join(joined))
 
 
-def test_processes_tell_one_another_their_gpus(monkeypatch, tmp_path):
-    spawn(met, (2, free_port(monkeypatch), str(tmp_path)), nprocs=2, join=True)
-    for rank in range(2):
-        own = f"cuda:{rank} cpu:gloo,cuda:nccl cuda:{rank} cuda:1 gloo cuda:1"
-        assert (tmp_path / str(rank)).read_text() == own
+@pytest.mark.parametrize(
+    ("device", "places", "backend"),
+    [
+        ("auto", ["cuda:0", "cuda:1"], "cpu:gloo,cuda:nccl"),
+        ("cuda:1", ["cuda:1", "cuda:1"], "gloo"),
+    ],
+)
+def test_processes_tell_one_another_their_gpus(monkeypatch, tmp_path, device, places, backend):
+    spawn(met, (2, free_port(monkeypatch), device, str(tmp_path)), nprocs=2, join=True)
+    for rank, place in enumerate(places):
+        assert (tmp_path / str(rank)).read_text() == f"{place} {backend} {place}"
 
 
 def test_the_comparison_notices_unshared_statistics(weights):
