@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from embodied_rl.backbones.lerobot_folder import read_json, read_lerobot
+from embodied_rl.backbones.lerobot_folder import LeRobotFolder, read_json, read_lerobot
 from embodied_rl.backbones.lerobot_normalise import Normaliser
 from embodied_rl.backbones.pi0_inputs import match_cameras, match_state, state_size
 from embodied_rl.backbones.pi0_network import CONFIG
@@ -135,6 +135,12 @@ def lerobot_settings(folder: Path) -> tuple[Pi0Settings, str]:
         action_dim=told.action_dim,
         max_prompt=int(told.tokenizer.get("max_length", MAX_PROMPT)),
     )
+    check_statistics(folder, told)
+    return settings, str(told.tokenizer.get("tokenizer_name", PALIGEMMA))
+
+
+def check_statistics(folder: Path, told: LeRobotFolder) -> None:
+    """Raises UserError where statistics are not of the sizes that the folder's config names."""
     for what, size, statistics in (
         ("state", told.state_dim, told.state.size),
         ("action", told.action_dim, told.action.size),
@@ -144,7 +150,6 @@ def lerobot_settings(folder: Path) -> tuple[Pi0Settings, str]:
                 f"{folder}: the {what} has {size} entries in {CONFIG}, but {statistics} in the "
                 "statistics. Write the folder again with LeRobot."
             )
-    return settings, str(told.tokenizer.get("tokenizer_name", PALIGEMMA))
 
 
 def transformers_settings(folder: Path) -> Pi0Settings:

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from embodied_rl.backbones.lerobot_folder import CONFIG, read_json, read_lerobot
 from embodied_rl.backbones.pi0_inputs import check_cameras
-from embodied_rl.backbones.pi0_settings import Pi0Settings
+from embodied_rl.backbones.pi0_settings import Pi0Settings, check_statistics
 from embodied_rl.backbones.prompts import find_tokenizer, load_tokenizer
 from embodied_rl.backbones.smolvla_sizes import SMOLVLM, SmolVLASizes, read_sizes
 from embodied_rl.config import PolicyConfig
-from embodied_rl.errors import UserError
 
 STEPS = frozenset({"smolvla_new_line_processor"})
 PROMPT = 48  # tokens of an instruction, where the folder does not say
@@ -57,15 +56,7 @@ def read_smolvla(
         state_keys=list(options.state),
         tokenizer=options.tokenizer,
     )
-    for what, size, statistics in (
-        ("state", told.state_dim, told.state.size),
-        ("action", told.action_dim, told.action.size),
-    ):
-        if size is not None and statistics is not None and size != statistics:
-            raise UserError(
-                f"{folder}: the {what} has {size} entries in {CONFIG}, but {statistics} in the "
-                "statistics. Write the folder again with LeRobot."
-            )
+    check_statistics(folder, told)
     cameras = check_cameras(options.cameras, settings.camera_names)
     settings.cameras = [list(pair) for pair in cameras.items()]
     return sizes, settings
