@@ -7,15 +7,17 @@ Every implementation gets the same networks, learning rates, batch, discount, ra
 delay and number of environment steps, and is scored alike: mean return of the deterministic policy
 over `--episodes` episodes from seeds 0, 1, ... at every `--interval` steps. Ours runs as a user
 runs it (`python -m embodied_rl.train`), without weight averaging, which the others do not have,
-and is resumed where it was cut off; a peer's unfinished run starts anew. Finished runs are left
-alone, so the command can be repeated until all are done. Runs are named
-<out>/<implementation>_<algo>_s<seed>.
+and is resumed where it was cut off; a peer's unfinished run starts anew. Runs are named
+<out>/<implementation>_<algo>_s<seed>. A finished one leaves its curve in <curves>/<name>.json
+(default <out>/curves) and is left alone, so the command can be repeated until all are done. The
+curves of docs/benchmarks.md are committed; `--curves benchmarks/curves/Hopper-v5` draws them.
 
 Prints the interquartile mean over seeds of the score (mean of the last fifth of the evaluations),
 its range, and the minutes of the whole run, evaluations included; draws all curves into
-<out>/curves.png. The minutes are no speed benchmark: ours steps the environment in a process of its
-own, evaluates twice more at the end and writes checkpoints. Every library has one thread. Learning
-starts after 1,000 random steps, in ours after 20 trajectories: earlier where episodes are short.
+<curves>/curves.png. The minutes are no speed benchmark: ours steps the environment in a process of
+its own, evaluates twice more at the end and writes checkpoints. Every library has one thread.
+Learning starts after 1,000 random steps, in ours after 20 trajectories: earlier where episodes are
+short.
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ IMPLEMENTATIONS = ("ours", "sb3", "sbx")
 RANDOM, BATCH, RATE, GAMMA, TAU, ACTOR = 1_000, 256, 1e-3, 0.99, 0.005, 256
 
 
-def ours(folder: Path, args: argparse.Namespace, algo: str, seed: int) -> None:
+def ours(args: argparse.Namespace, algo: str, seed: int) -> None:
     """Runs or resumes our trainer."""
+    folder = args.out / name("ours", algo, seed)
     words = [f"resume={folder}"]
     if not (folder / "checkpoints" / "last").exists():
         shutil.rmtree(folder, ignore_errors=True)  # cut off before its first checkpoint
@@ -92,10 +95,10 @@ def ours(folder: Path, args: argparse.Namespace, algo: str, seed: int) -> None:
     records = [r for r in map(json.loads, lines) if "eval/return" in r]
     seconds = json.loads((folder / "results.json").read_text(encoding="utf-8"))["seconds"]
     curve = [[r["step"], r["eval/return"]] for r in records]
-    finish(folder, curve, seconds)
+    finish(args.curves, folder.name, curve, seconds)
 
 
-def peer(folder: Path, args: argparse.Namespace, library: str, algo: str, seed: int) -> None:
+def peer(args: argparse.Namespace, library: str, algo: str, seed: int) -> None:
     """Trains stable-baselines3's SAC, sb3-contrib's CrossQ, or sbx's."""
     import gymnasium as gym
     import torch
@@ -122,8 +125,8 @@ def peer(folder: Path, args: argparse.Namespace, library: str, algo: str, seed: 
         part = min(args.interval, args.steps - model.num_timesteps)
         model.learn(part, reset_num_timesteps=False)
         curve.append([int(model.num_timesteps), score()])
-        print(f"{folder.name} {curve[-1][0]:>7,}: {curve[-1][1]:.1f}", flush=True)
-    finish(folder, curve, time.monotonic() - started)
+        print(f"{name(library, algo, seed)} {curve[-1][0]:>7,}: {curve[-1][1]:.1f}", flush=True)
+    finish(args.curves, name(library, algo, seed), curve, time.monotonic() - started)
 
 
 def build(library: str, algo: str, args: argparse.Namespace, seed: int) -> Any:
@@ -153,11 +156,16 @@ def build(library: str, algo: str, args: argparse.Namespace, seed: int) -> Any:
     return kind("MlpPolicy", args.task, **settings)
 
 
-def finish(folder: Path, curve: list[list[float]], seconds: float) -> None:
-    """Writes a run's curve; a folder that has it is finished."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"curve": curve, "seconds": seconds})
-    (folder / "curve.json").write_text(text + "\n", encoding="utf-8")
+def name(library: str, algo: str, seed: int) -> str:
+    """What a run and its curve are called."""
+    return f"{library}_{algo}_s{seed}"
+
+
+def finish(curves: Path, run: str, curve: list[list[float]], seconds: float) -> None:
+    """Writes a run's curve; one that has it is finished."""
+    curve = [[step, round(score, 3)] for step, score in curve]
+    text = json.dumps({"seconds": round(seconds), "curve": curve})
+    (curves / f"{run}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def interquartile_mean(values: list[float]) -> float:
@@ -179,7 +187,7 @@ def report(args: argparse.Namespace) -> None:
     print(f"| {args.task} | seeds | IQM of the end | range | minutes |\n|---|---|---|---|---|")
     for axis, algo in zip(axes[0], args.algos, strict=True):
         for color, library in zip(("C3", "C0", "C2"), IMPLEMENTATIONS, strict=True):
-            runs = [args.out / f"{library}_{algo}_s{seed}" / "curve.json" for seed in args.seeds]
+            runs = [args.curves / f"{name(library, algo, seed)}.json" for seed in args.seeds]
             done = [json.loads(r.read_text(encoding="utf-8")) for r in runs if r.exists()]
             if not done:
                 continue
@@ -202,17 +210,17 @@ def report(args: argparse.Namespace) -> None:
         axis.grid(alpha=0.3)
         axis.legend()
     figure.tight_layout()
-    figure.savefig(args.out / "curves.png", dpi=110)
+    figure.savefig(args.curves / "curves.png", dpi=110)
 
 
 def check_settings(args: argparse.Namespace) -> None:
-    """Refuses to add runs to a folder that was made with other settings."""
-    path = args.out / "settings.json"
+    """Refuses to add curves to a folder that was made with other settings."""
+    path = args.curves / "settings.json"
     keys = ("task", "steps", "width", "interval", "episodes")
     settings = {key: getattr(args, key) for key in keys}
     if path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
-        sys.exit(f"{path} holds other settings than {settings}. Choose another --out.")
-    args.out.mkdir(parents=True, exist_ok=True)
+        sys.exit(f"{path} holds other settings than {settings}. Choose another --curves.")
+    args.curves.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
 
@@ -232,10 +240,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--interval", type=int, default=1_000, help="steps between evaluations")
     parser.add_argument("--episodes", type=int, default=10, help="of each evaluation")
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
+    parser.add_argument("--curves", type=Path, help="of finished runs' curves (<out>/curves)")
     parser.add_argument(
         "--one", nargs=3, metavar=("LIBRARY", "ALGO", "SEED"), help=argparse.SUPPRESS
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.curves = args.curves or args.out / "curves"
+    return args
 
 
 def main() -> None:
@@ -243,17 +254,16 @@ def main() -> None:
     args = parse()
     if args.one:  # a peer's run, in a process of its own
         library, algo, seed = args.one
-        peer(args.out / f"{library}_{algo}_s{seed}", args, library, algo, int(seed))
+        peer(args, library, algo, int(seed))
         return
     check_settings(args)
     for seed in args.seeds:
         for algo in args.algos:
             for library in args.implementations:
-                folder = args.out / f"{library}_{algo}_s{seed}"
-                if (folder / "curve.json").exists():
+                if (args.curves / f"{name(library, algo, seed)}.json").exists():
                     continue
                 if library == "ours":
-                    ours(folder, args, algo, seed)
+                    ours(args, algo, seed)
                 else:
                     words = [*sys.argv, "--one", library, algo, str(seed)]
                     one = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
