@@ -12,6 +12,9 @@ own, held to as many cores as it has threads; they take turns, a round each, so 
 machine does hits all alike. Medians over rounds, quartiles in brackets; the share is that of the
 machine's own rate in float32 products [2 batch, width] x [width, width] in the same run.
 
+`ours bf16` takes the products of the critics' hidden layers in bfloat16, all else in float32
+(`critic.matmul_dtype=bfloat16`); the others have no such setting.
+
 `sbx` compiles one call of several updates into one program; a run that updates once per environment
 step cannot use that, so it takes one per call here. `sbx x8` takes eight.
 """
@@ -179,6 +182,9 @@ def build(case: argparse.Namespace) -> Step:
     """The step function of an implementation."""
     if case.worker == "ours":
         return ours(case)
+    if case.worker == "ours bf16":
+        case.words = [*case.words, "critic.matmul_dtype=bfloat16"]
+        return ours(case)
     if case.worker == "product":
         return product(case)
     library, _, per_call = case.worker.partition(" x")
@@ -256,7 +262,7 @@ class Worker:
 
 def measure(case: argparse.Namespace) -> dict[str, list[float]]:
     """Rates of all implementations in one setting, by turns."""
-    names = ["product", "ours", "sb3", "sbx", "sbx x8"]
+    names = ["product", "ours", "ours bf16", "sb3", "sbx", "sbx x8"]
     workers = [Worker(name, case) for name in names if name not in case.without]
     for _ in range(case.rounds):
         for worker in workers:
@@ -303,7 +309,7 @@ def table(entries: list[dict[str, Any]]) -> str:
 
 
 def draw(entries: list[dict[str, Any]], path: Path) -> None:
-    """Bars of updates per second relative to sb3's, a group for each setting."""
+    """Bars of updates per second relative to sb3-contrib's, a group for each setting."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -311,15 +317,16 @@ def draw(entries: list[dict[str, Any]], path: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(2 + 1.4 * len(entries), 4))
     names = list(entries[0]["implementations"])
+    base_name = "sb3" if "sb3" in names else names[0]
     for i, name in enumerate(names):
         found = [e["implementations"].get(name) for e in entries]
-        base = [e["implementations"][names[1]]["updates_per_s"] for e in entries]
+        base = [e["implementations"][base_name]["updates_per_s"] for e in entries]
         heights = [f["updates_per_s"] / b if f else 0 for f, b in zip(found, base, strict=True)]
         places = [x + (i - len(names) / 2) * 0.8 / len(names) for x in range(len(entries))]
         axis.bar(places, heights, 0.8 / len(names), label=name)
     labels = [f"{e['algo']} {e['width']}\nb{e['batch']} t{e['threads']}" for e in entries]
     axis.set_xticks(range(len(entries)), labels)
-    axis.set_ylabel(f"updates per second / {names[1]}'s")
+    axis.set_ylabel(f"updates per second / {base_name}'s")
     axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -347,8 +354,11 @@ def main() -> None:
                     setting = {"algo": algo, "width": width, "batch": batch, "threads": threads}
                     case = argparse.Namespace(**{**vars(args), **setting})
                     entries.append(row(case, measure(case)))
-                    print(table(entries[-1:]).splitlines()[-1], file=sys.stderr)
-    (args.out / "updates.json").write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+                    text = (
+                        json.dumps(entries, indent=2) + "\n"
+                    )  # after every setting: it takes long
+                    (args.out / "updates.json").write_text(text, encoding="utf-8")
+                    print("\n".join(table(entries[-1:]).splitlines()[2:]), file=sys.stderr)
     draw(entries, args.out / "updates.png")
     print(table(entries))
 

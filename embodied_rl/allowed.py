@@ -16,6 +16,7 @@ CHOICES: dict[str, list[str]] = {
     "policy.dtype": ["float32", "bfloat16", "float16"],
     "tune.trainable": ["full", "lora"],
     "tune.dtype": ["float32", "bfloat16", "float16"],
+    "critic.matmul_dtype": ["float32", "bfloat16"],
     "critic.batch_renorm.variance": ["biased", "unbiased"],
     "critic.batch_renorm.form": ["unfolded", "folded"],
     "critic.batch_renorm.order": ["after", "before"],

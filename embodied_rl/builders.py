@@ -18,6 +18,7 @@ from embodied_rl.errors import UserError
 from embodied_rl.interfaces import QHead, ReplayBuffer, VecEnv
 from embodied_rl.judge import Judge
 from embodied_rl.policy import Policy
+from embodied_rl.products import fast_bfloat16
 from embodied_rl.registry import ACTORS, BACKBONES, ENVS, Q_HEADS
 from embodied_rl.replay.buffer import TrajectoryReplay
 from embodied_rl.replay.mixed import MixedReplay, concatenate_features
@@ -132,6 +133,11 @@ def build_q_head(config: Config, policy: Policy, device: torch.device) -> QHead:
         raise ValueError("the policy has no actor whose actions a critic could judge")
     backbone, size = policy.backbone, math.prod(policy.actor.action_shape)
     head = Q_HEADS.get(config.algorithm.q_head_type)
+    if config.critic.matmul_dtype != "float32" and device.type == "cpu" and not fast_bfloat16():
+        print(
+            f"note: critic.matmul_dtype={config.critic.matmul_dtype}: this processor has no "
+            "instructions for it, so updates will be slower than with float32, not faster"
+        )
     return head(backbone.feature_dim, size, config.critic, config.algorithm).to(device)
 
 

@@ -8,6 +8,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from embodied_rl import products
+
 Result = TypeVar("Result")
 
 
@@ -34,6 +36,16 @@ class Compiled(Generic[Result]):
     def _compile(self, args: tuple[Any, ...]) -> Result:
         from torch._dynamo import config  # here: it takes seconds to import
         from torch._dynamo.exc import TorchDynamoException
+        from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+        class OneDNN(CustomGraphPass):
+            """A pass with the name by which torch knows what it kept on disk."""
+
+            def __call__(self, graph: torch.fx.Graph) -> None:
+                products.use_onednn(graph)
+
+            def uuid(self) -> Any:
+                return get_hash_for_files((products.__file__,))
 
         name = self._plain.__name__.strip("_").replace("_", " ")
         self._say(f"compiling: {name} (train.compile; torch keeps it for the next run)")
@@ -47,6 +59,7 @@ class Compiled(Generic[Result]):
             # what has many operations is kept rather than computed again per element: the factors
             # of Batch Renormalisation, a number per feature, were made anew for every row
             "realize_opcount_threshold": 5,
+            "post_grad_custom_post_pass": OneDNN() if products.onednn_helps() else None,
         }
         fast = torch.compile(_own(self._plain), fullgraph=True, dynamic=False, options=options)
         try:

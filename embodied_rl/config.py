@@ -106,6 +106,7 @@ class CriticConfig:
 
     num_critics: int = 2
     hidden: list[int] = field(default_factory=lambda: [256, 256])
+    matmul_dtype: str = "float32"  # float32 | bfloat16: products of the hidden layers
     batch_renorm: BatchRenormConfig = field(default_factory=BatchRenormConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3))
 

@@ -9,6 +9,30 @@ from torch import Tensor, nn
 
 from embodied_rl.batch_renorm import BatchRenorm
 from embodied_rl.config import BatchRenormConfig
+from embodied_rl.products import rounded_linear
+
+
+class Linear(nn.Linear):
+    """A linear layer whose products, forward and backward, may be of a lower precision.
+
+    Weights, bias, gradients and what the layer returns keep their own; only the factors and the
+    result of each product are rounded to it.
+
+    Args:
+        inputs: I.
+        outputs: O.
+        matmul_dtype: of the products; float32 for the weights' own.
+    """
+
+    def __init__(self, inputs: int, outputs: int, matmul_dtype: str = "float32") -> None:
+        super().__init__(inputs, outputs)
+        self.low = None if matmul_dtype == "float32" else getattr(torch, matmul_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x [B, I] @ weight^T + bias, [B, O]."""
+        if self.low is None:
+            return super().forward(x)
+        return rounded_linear(x, self.weight, self.bias, self.low)
 
 
 def mlp(
@@ -17,17 +41,19 @@ def mlp(
     outputs: int,
     *,
     renorm: BatchRenormConfig | None = None,
+    matmul_dtype: str = "float32",
 ) -> nn.Sequential:
     """Builds (BRN ->) [Linear -> ReLU (-> BRN)] x depth -> Linear.
 
     With Batch Renormalisation that is the layer order of CrossQ's critic (Bhatt et al. 2024,
     section 3.3 and the authors' code); `renorm.order` and `renorm.on_input` change it.
+    `matmul_dtype` is that of the hidden layers' products; the last layer is exact.
     """
     layers: list[nn.Module] = []
     if renorm is not None and renorm.on_input:
         layers.append(BatchRenorm.from_config(inputs, renorm))
     for width in hidden:
-        block: list[nn.Module] = [nn.Linear(inputs, width), nn.ReLU()]
+        block: list[nn.Module] = [Linear(inputs, width, matmul_dtype), nn.ReLU()]
         if renorm is not None:
             place = 1 if renorm.order == "before" else 2
             block.insert(place, BatchRenorm.from_config(width, renorm))
@@ -48,6 +74,7 @@ class CriticEnsemble(nn.Module):
         hidden: widths of the hidden layers.
         num_critics: K.
         renorm: Batch Renormalisation settings; None for plain MLPs.
+        matmul_dtype: of the hidden layers' products.
     """
 
     def __init__(
@@ -57,10 +84,13 @@ class CriticEnsemble(nn.Module):
         hidden: Sequence[int],
         num_critics: int,
         renorm: BatchRenormConfig | None = None,
+        matmul_dtype: str = "float32",
     ) -> None:
         super().__init__()
+        size = feature_dim + action_size
         self.members = nn.ModuleList(
-            mlp(feature_dim + action_size, hidden, 1, renorm=renorm) for _ in range(num_critics)
+            mlp(size, hidden, 1, renorm=renorm, matmul_dtype=matmul_dtype)
+            for _ in range(num_critics)
         )
 
     def forward(self, x: Tensor, action: Tensor) -> Tensor:

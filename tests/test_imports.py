@@ -17,7 +17,8 @@ LAYERS = (
     ("validate",),
     ("load_config",),
     ("interfaces",),
-    ("batch_renorm", "schedules", "averaging", "manifest", "compiling"),
+    ("schedules", "averaging", "manifest", "products"),
+    ("batch_renorm", "compiling"),
     ("nn",),
     ("backbones", "actors", "q_heads", "replay", "formats", "envs", "distributed"),
     (

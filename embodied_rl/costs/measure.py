@@ -202,6 +202,7 @@ def _update(draft: Draft, rows: int, like: Features) -> tuple[Cost, float]:
     sac, config = draft.sac, draft.config
     actor = draft.policy.actor
     assert actor is not None
+    precision = config.critic.matmul_dtype
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=META)
@@ -220,18 +221,18 @@ def _update(draft: Draft, rows: int, like: Features) -> tuple[Cost, float]:
         )
         delay = config.algorithm.policy_delay
         meter.reset()
-        critic = Cost("float32")
+        critic = Cost(precision)
         if delay > 1:
             sac.critic_updates = 0
             sac.update(batch, env_steps=LATE)
-            critic = _read(meter, "float32")
+            critic = _read(meter, precision)
         sac.critic_updates = delay - 1
         sac.update(batch, env_steps=LATE)
-        both = _read(meter, "float32")
+        both = _read(meter, precision)
         _drop_gradients(draft)
     share = 1 / delay
     mean = Cost(
-        "float32",
+        precision,
         share * both.flops + (1 - share) * critic.flops,
         share * both.kernels + (1 - share) * critic.kernels,
         share * both.weight_bytes + (1 - share) * critic.weight_bytes,

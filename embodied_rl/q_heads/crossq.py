@@ -29,7 +29,12 @@ class CrossQHead(QHead):
     ) -> None:
         super().__init__(feature_dim, action_size, critic, algorithm)
         self.critics = CriticEnsemble(
-            feature_dim, action_size, critic.hidden, critic.num_critics, critic.batch_renorm
+            feature_dim,
+            action_size,
+            critic.hidden,
+            critic.num_critics,
+            critic.batch_renorm,
+            critic.matmul_dtype,
         )
 
     def td_pair(

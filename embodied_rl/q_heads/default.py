@@ -46,7 +46,13 @@ class DefaultQHead(QHead):
         self.tau = algorithm.tau
         self.target_update_freq = algorithm.target_update_freq
         self._follow = get_ema_multi_avg_fn(1 - algorithm.tau)
-        self.critics = CriticEnsemble(feature_dim, action_size, critic.hidden, critic.num_critics)
+        self.critics = CriticEnsemble(
+            feature_dim,
+            action_size,
+            critic.hidden,
+            critic.num_critics,
+            matmul_dtype=critic.matmul_dtype,
+        )
         self.target = copy.deepcopy(self.critics).requires_grad_(False)
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
