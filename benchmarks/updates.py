@@ -354,9 +354,8 @@ def main() -> None:
                     setting = {"algo": algo, "width": width, "batch": batch, "threads": threads}
                     case = argparse.Namespace(**{**vars(args), **setting})
                     entries.append(row(case, measure(case)))
-                    text = (
-                        json.dumps(entries, indent=2) + "\n"
-                    )  # after every setting: it takes long
+                    # after every setting: it takes long
+                    text = json.dumps(entries, indent=2) + "\n"
                     (args.out / "updates.json").write_text(text, encoding="utf-8")
                     print("\n".join(table(entries[-1:]).splitlines()[2:]), file=sys.stderr)
     draw(entries, args.out / "updates.png")

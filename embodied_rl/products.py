@@ -17,16 +17,15 @@ from torch.autograd.function import once_differentiable
 INNER, OUTER = 32, 20  # with smaller sides MKL is faster
 _LIBRARY = torch.library.Library("embodied_rl", "FRAGMENT")
 _LIBRARY.define("onednn_product(Tensor left, Tensor right, Tensor? bias) -> Tensor")
-_LIBRARY.define(
-    "rounded_product(Tensor left, Tensor right, Tensor? bias, ScalarType dtype) -> Tensor"
-)
+_LIBRARY.define("round(Tensor x, ScalarType dtype) -> Tensor")
+_LIBRARY.define("rounded_product(Tensor left, Tensor right, Tensor? bias) -> Tensor")
 
 
 def rounded_linear(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns x [B, I] @ weight^T [I, O] + bias [O], the product in `dtype`, gradients' too.
 
-    Factors and result of each product are rounded to `dtype`; what comes back, and the gradients,
-    are of the factors' own.
+    Factors and result of each product are rounded to `dtype`; x and weight, the bias, what comes
+    back and the gradients are float32.
     """
     return _RoundedLinear.apply(x, weight, bias, dtype)  # type: ignore[return-value]
 
@@ -34,50 +33,60 @@ def rounded_linear(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) 
 class _RoundedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.dtype = dtype
-        return _product(x, weight.t(), bias, dtype)
+        native = torch.ops.embodied_rl if x.device.type == "cpu" else _Plain
+        low_x, low_weight = native.round(x, dtype), native.round(weight, dtype)
+        ctx.save_for_backward(low_x, low_weight)
+        ctx.native, ctx.dtype = native, dtype
+        return native.rounded_product(low_x, low_weight.t(), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        (gradient,), (to_x, to_weight, to_bias, _) = gradients, ctx.needs_input_grad
+        low_x, low_weight = ctx.saved_tensors
+        to_x, to_weight, to_bias, _ = ctx.needs_input_grad
+        (gradient,), native = gradients, ctx.native
+        low = native.round(gradient, ctx.dtype)
         return (
-            _product(gradient, weight, None, ctx.dtype) if to_x else None,
-            _product(gradient.t(), x, None, ctx.dtype) if to_weight else None,
+            native.rounded_product(low, low_weight, None) if to_x else None,
+            native.rounded_product(low.t(), low_x, None) if to_weight else None,
             gradient.sum(0) if to_bias else None,
             None,
         )
 
 
-def _product(left: Tensor, right: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if left.device.type == "cpu":
-        return torch.ops.embodied_rl.rounded_product.default(left, right, bias, dtype)
-    return _round_and_multiply(left, right, bias, dtype)
+class _Plain:
+    """What a GPU's compiler may fuse as it likes."""
 
+    @staticmethod
+    def round(x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype)
 
-def _round_and_multiply(
-    left: Tensor, right: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    product = (left.to(dtype) @ right.to(dtype)).to(left.dtype)
-    return product if bias is None else product + bias
+    @staticmethod
+    def rounded_product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+        product = (left @ right).float()
+        return product if bias is None else product.add_(bias)
 
 
 def _onednn_product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(left, right.t(), bias, "none", [], "")
 
 
-def _shape_only(left: Tensor, right: Tensor, *_: object) -> Tensor:
-    return left.new_empty(left.shape[0], right.shape[1])
+def _product_shape(left: Tensor, right: Tensor, _: Tensor | None) -> Tensor:
+    return left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
 
 
-# one operation on a CPU: left to Inductor, bias and conversions end in the same pass as the ReLU,
-# which then keeps its mask as bytes: everything around it takes six times as long
-_LIBRARY.impl("rounded_product", _round_and_multiply, "CPU")
+def _rounded_shape(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+# operations of their own on a CPU: left to Inductor, bias and conversions end in the same pass as
+# the ReLU, which then keeps its mask as bytes: everything around it takes six times as long
+_LIBRARY.impl("round", _Plain.round, "CPU")
+_LIBRARY.impl("rounded_product", _Plain.rounded_product, "CPU")
 _LIBRARY.impl("onednn_product", _onednn_product, "CPU")
-torch.library.register_fake("embodied_rl::rounded_product", _shape_only)
-torch.library.register_fake("embodied_rl::onednn_product", _shape_only)
+torch.library.register_fake("embodied_rl::round", _rounded_shape)
+torch.library.register_fake("embodied_rl::rounded_product", _product_shape)
+torch.library.register_fake("embodied_rl::onednn_product", _product_shape)
 
 
 def use_onednn(graph: fx.Graph) -> None:
