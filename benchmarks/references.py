@@ -208,7 +208,8 @@ def report(args: argparse.Namespace) -> None:
             )
         axis.set(title=f"{args.task}, {algo}", xlabel="environment steps", ylabel="return")
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     figure.tight_layout()
     figure.savefig(args.curves / "curves.png", dpi=110)
 

@@ -59,7 +59,8 @@ class _Plain:
 
     @staticmethod
     def round(x: Tensor, dtype: torch.dtype) -> Tensor:
-        return x.to(dtype)
+        # whatever its strides, in the layout that `_rounded_shape` tells the compiler
+        return x.to(dtype, memory_format=torch.contiguous_format)
 
     @staticmethod
     def rounded_product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:

@@ -65,6 +65,13 @@ def test_hidden_layers_are_rounded_and_the_value_is_not():
     assert all(b.dtype != LOW for b in net.buffers())
 
 
+def test_rounding_has_the_layout_that_the_compiler_is_told():
+    x = torch.randn(6, 4).t()
+    low = torch.ops.embodied_rl.round.default(x, LOW)
+    assert not x.is_contiguous() and low.is_contiguous()
+    assert torch.equal(low, x.to(LOW))
+
+
 @pytest.mark.parametrize("head", Q_HEADS.names)
 def test_critics_score_alike_in_bfloat16(make_sac, make_batch, head):
     """Same weights for the same seed; Q differs, by less than 3 % of its spread."""
