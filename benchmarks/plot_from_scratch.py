@@ -2,11 +2,12 @@
 
     python benchmarks/plot_from_scratch.py runs/* scratch_s*.jsonl --out docs/learning_curve.png
 
-Takes any number of run folders of `embodied_rl.train` (their `metrics.jsonl` and `config.yaml`) and
-of files of `from_scratch.py`, in any order, finished or not. Draws the mean over seeds as a thick
-line, over the steps that all seeds have reached, and every seed as a thin one; prints a markdown
-table of each seed's success and their median. Evaluations fall on the first iteration after each
-interval (5,024 for 5,000), so steps close to a multiple of `--interval` are rounded to it.
+Takes any number of run folders of `embodied_rl.train` (their `metrics.jsonl` and `config.yaml`, or
+what `heads.py` kept of them) and of files of `from_scratch.py`, in any order, finished or not.
+Draws the mean over seeds as a thick line, over the steps that all seeds have reached, and every
+seed as a thin one; prints a markdown table of each seed's success and their median. Evaluations
+fall on the first iteration after each interval (5,024 for 5,000), so steps close to a multiple of
+`--interval` are rounded to it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def read_run(folder: Path, metric: str, interval: int) -> Curve:
     config: Any = OmegaConf.load(folder / "config.yaml")
     scores = _scores(read_records(folder / RECORDS), metric, interval, folder)
     pretrained = scores.get(0) if config.policy.path is not None else None
-    return Curve(f"ours, {config.algorithm.q_head_type}", int(config.seed), scores, pretrained)
+    label = f"ours, {config.actor.type} + {config.algorithm.q_head_type}"
+    return Curve(label, int(config.seed), scores, pretrained)
 
 
 def read_scratch(path: Path, metric: str, interval: int) -> Curve:
