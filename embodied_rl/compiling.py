@@ -16,9 +16,9 @@ Result = TypeVar("Result")
 class Compiled(Generic[Result]):
     """Calls a function through `torch.compile`, or, where that fails, as it is written.
 
-    The graph holds everything: losses, gradients, optimiser step. Compiling takes up to a minute
-    on a CPU; torch keeps the result on disk (TORCHINDUCTOR_CACHE_DIR) for the next run with the
-    same sizes and versions.
+    The graph holds everything: losses, gradients, optimiser step. Compiling takes some ten seconds
+    a step on a CPU; torch keeps the result on disk (TORCHINDUCTOR_CACHE_DIR) for the next run with
+    the same sizes and versions, which then takes a few.
 
     Args:
         function: of tensors and dataclasses of them, always of the same sizes and settings.
@@ -36,6 +36,7 @@ class Compiled(Generic[Result]):
     def _compile(self, args: tuple[Any, ...]) -> Result:
         from torch._dynamo import config  # here: it takes seconds to import
         from torch._dynamo.exc import TorchDynamoException
+        from torch._functorch import config as autograd_config
         from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
         class OneDNN(CustomGraphPass):
@@ -63,7 +64,12 @@ class Compiled(Generic[Result]):
         }
         fast = torch.compile(_own(self._plain), fullgraph=True, dynamic=False, options=options)
         try:
-            with config.patch(trace_autograd_ops=True):
+            # the second: what is kept on disk includes the backward passes written out in a
+            # `torch.autograd.Function`; without it most of the work is done in every run
+            with (
+                config.patch(trace_autograd_ops=True),
+                autograd_config.patch(autograd_cache_allow_custom_autograd_functions=True),
+            ):
                 result = fast(*args)
             self._call = fast
             return result

@@ -244,7 +244,7 @@ class EvalConfig:
     seed: int = 0  # first seed of the learning curve's episodes
     final_seed: int = 10_000  # first seed of the closing before/after comparison
     metric: str = "success_once"  # success_once | success_at_end | return: the score of "best"
-    video: bool = True  # MP4 of the first and the last evaluation
+    video: bool = True  # MP4s of the closing comparison: the same episodes before and after
     video_episodes: int = 4  # of the first evaluation environment, which has episodes / num_envs
 
 

@@ -48,15 +48,14 @@ class Examiner:
         self.improved = False
         self._env: VecEnv | None = None  # started by the first evaluation
 
-    def examine(self, policy: Policy, step: int, video: Path | None = None) -> None:
+    def examine(self, policy: Policy, step: int) -> None:
         """Scores the policy on the learning curve's seeds.
 
         Args:
             policy: what is evaluated.
             step: environment steps so far.
-            video: MP4 to write, if the config wants videos.
         """
-        summary = self._score(policy, self.config.eval.seed, video).summary
+        summary = self._score(policy, self.config.eval.seed, None).summary
         score = summary[self.config.eval.metric]
         self.guard.check("in an evaluation", step, {"return": torch.tensor(summary["return"])})
         self.logger.write(step, {f"eval/{k}": v for k, v in summary.items()})
@@ -72,14 +71,16 @@ class Examiner:
         )
         self.progress.last_eval = summary
 
-    def compare(self, policy: Policy, best: Path, spec: EnvSpec, video: Path) -> dict[str, Any]:
+    def compare(self, policy: Policy, best: Path, spec: EnvSpec, videos: Path) -> dict[str, Any]:
         """Compares the pretrained and the best policy on seeds that nothing has seen yet.
+
+        Both are filmed in the same episodes.
 
         Args:
             policy: the trained one; its backbone serves all of them if it did not change.
             best: policy folder of the best one.
             spec: of the environments.
-            video: MP4 of the best one to write, if the config wants videos.
+            videos: folder for first.mp4 and last.mp4, if the config wants videos.
 
         Returns:
             The scores of both, `pretrained` and `final`, and on how many episodes from which seed.
@@ -92,9 +93,9 @@ class Examiner:
             start = Policy.from_pretrained(self.config.policy.path, self.config.policy, same)
             start.backbone.check_env(spec)  # another project's folder knows no environment
             start = start.to(self.device)
-        before = self._score(start, final_seed, None).summary
+        before = self._score(start, final_seed, videos / "first.mp4").summary
         trained = Policy.from_pretrained(best, self.config.policy, same)
-        after = self._score(trained.to(self.device), final_seed, video).summary
+        after = self._score(trained.to(self.device), final_seed, videos / "last.mp4").summary
         return {
             "pretrained": before,
             "final": after,

@@ -41,6 +41,10 @@ class Registry:
         """The registered names, in table order."""
         return list(self._table)
 
+    def module(self, name: str) -> str:
+        """The module of the entry, which is not imported."""
+        return self._table[name].partition(":")[0]
+
     def get(self, name: str) -> Any:
         """Returns the class registered under `name`.
 
@@ -107,6 +111,7 @@ ENVS = Registry(
         "fake": "embodied_rl.envs.fake:make_fake",
     },
 )
+FORKED = ("maniskill", "gymnasium")  # environment types that run in processes of their own
 EXPERTS = Registry(
     "scripted expert",
     "env.task",

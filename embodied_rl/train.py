@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from embodied_rl import cli
 from embodied_rl.config import Config
+from embodied_rl.envs.fork_server import start_early
 from embodied_rl.errors import UserError
 from embodied_rl.load_config import CONFIG, load_config, load_run_config, save_config
+from embodied_rl.registry import ENVS, FORKED
 
 if TYPE_CHECKING:
     from embodied_rl.distributed import Ranks
@@ -29,6 +31,8 @@ def main(args: list[str]) -> int:
             f"run_dir={run_dir} is not empty. Continue that run with resume={run_dir}, or name "
             "another folder."
         )
+    if config.env.type in FORKED:  # it imports simulators while this process imports torch
+        start_early([ENVS.module(config.env.type)])
 
     import torch  # after the arguments were checked: a typo should not wait for imports
 

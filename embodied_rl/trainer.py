@@ -165,8 +165,7 @@ class Trainer:
             self.logger.say(f"warning: {problem}")
         try:
             if not begun:
-                first = self.run_dir / "videos" / "first.mp4"
-                self.examiner.examine(self.averaged, self.step, first)
+                self.examiner.examine(self.averaged, self.step)
                 self._save()
             self._train()
             if self.stopping:
@@ -271,9 +270,8 @@ class Trainer:
         self.logger.say("comparing the pretrained and the best policy on held-out episodes ...")
         link = LAST if self.ranks.any(self.checkpoints.best is None) else BEST
         best = self.checkpoints.folder / link / POLICY
-        video = self.run_dir / "videos" / "last.mp4"
         results = {
-            **self.examiner.compare(self.policy, best, self.env.spec, video),
+            **self.examiner.compare(self.policy, best, self.env.spec, self.run_dir / "videos"),
             "best_step": self.progress.best_step,
             "env_steps": self.step,
             "updates": self.progress.updates,

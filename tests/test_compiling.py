@@ -1,6 +1,10 @@
 """A compiled step computes what the plain one does, noise included."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -49,6 +53,51 @@ def test_compiled_updates_equal_plain_ones(make_sac, make_batch, head):
         torch.testing.assert_close(compiled.last[name], value, rtol=1e-4, atol=1e-5, msg=name)
     for ours, theirs in zip(leaves(compiled.state_dict()), leaves(plain.state_dict()), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.e2e
+@needs_compiler
+def test_what_is_kept_is_told_apart_by_its_backward_pass(tmp_path):
+    """Two steps that differ in the backward pass of a `Function` alone; a process each.
+
+    The third process finds on disk what the first one left there.
+    """
+    found = []
+    for slope in (2, 3, 2):
+        done = subprocess.run(
+            [sys.executable, "-c", DOUBLED.format(slope=slope)],
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    gradients, hits = zip(*found, strict=True)
+    assert gradients == (2, 3, 2)
+    assert hits == (0, 0, 1)
+
+
+DOUBLED = """
+import json, torch
+from torch._dynamo.utils import counters
+from embodied_rl.compiling import Compiled
+
+class Same(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * {slope}
+
+def step(x):
+    y = x.detach().requires_grad_()
+    return torch.autograd.grad(Same.apply(y).sum(), y)[0]
+
+gradient = Compiled(step, print)(torch.ones(4))
+print(json.dumps([gradient[0].item(), counters["aot_autograd"]["autograd_cache_hit"]]))
+"""
 
 
 def leaves(state):

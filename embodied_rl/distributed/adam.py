@@ -38,7 +38,7 @@ def _adam(
         exp_avgs: first moments, moved in place.
         exp_avg_sqs: second moments, moved in place.
         steps: scalars, one per parameter: steps taken so far, this one included.
-        rate: scalar, the learning rate, on the parameters' device.
+        rate: the learning rate [1], on the parameters' device.
         beta1: decay of the first moments.
         beta2: decay of the second moments.
         weight_decay: decoupled (Loshchilov and Hutter 2019); 0 for none.

@@ -23,9 +23,10 @@ class LocalTrainable(Optimised):
     def __init__(self, name: str, parameters: Iterable[nn.Parameter], config: Any) -> None:
         super().__init__(name, parameters, config)
         device = self.parameters[0].device
-        # torch's kernels read it in double precision on a CPU, in single on a GPU
+        # torch's kernels read it in double precision on a CPU, in single on a GPU. Not a scalar:
+        # the compiler would first trace a CPU's as a number, and then everything once more
         kind = torch.float64 if device.type == "cpu" else torch.float32
-        self.rate = torch.tensor(config.lr, dtype=kind, device=device)
+        self.rate = torch.tensor([config.lr], dtype=kind, device=device)
         self.steps = [torch.zeros((), device=p.device) for p in self.parameters]
         self.exp_avgs = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
         self.exp_avg_sqs = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]

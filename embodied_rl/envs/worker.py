@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from embodied_rl.envs.fork_server import fork_context
 from embodied_rl.envs.process import (
     FLAGS,
     SingleEnv,
@@ -60,8 +60,7 @@ class WorkerVecEnv(VecEnv):
         rebuild_every: int = 1,
     ) -> None:
         self.num_envs, self.timeout, self.rebuild_every = num_envs, timeout, rebuild_every
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, *preload])
+        context = fork_context(preload)
         self._start = lambda: Worker(context, make, args)
         self._closed = False
         self._warnings: list[str] = []
