@@ -137,7 +137,7 @@ class ActBackbone(Imitator):
         """Mean absolute error of the normalised actions, with the latent at zero, as it acts.
 
         LeRobot trains with a latent that a variational encoder finds in the demonstrated chunk, to
-        tell apart several ways of doing the same. One teacher has one way.
+        tell apart several ways of doing the same. A deterministic teacher has one way.
 
         Args:
             inputs: what `inputs` returned.
