@@ -17,9 +17,9 @@ from embodied_rl.types import Obs, Trajectory
 
 
 class Examples:
-    """What a backbone's loss reads, and the H actions that were demonstrated from there on.
+    """What a backbone's loss reads, and the actions that were demonstrated from there on.
 
-    At the end of an episode the last action repeats.
+    There are `taught_steps` of them; at the end of an episode the last action repeats.
 
     Args:
         backbone: says what its loss reads, and whether that is kept or made for each batch.
@@ -33,7 +33,7 @@ class Examples:
         self._backbone, self._device = backbone, device
         self._trajectories = list(trajectories)
         self._starts = np.cumsum([0, *(t.length for t in trajectories)])
-        steps = torch.arange(backbone.chunk_size)
+        steps = torch.arange(backbone.taught_steps)
         self._chunks = torch.cat(
             [
                 t.labels[(torch.arange(t.length)[:, None] + steps).clamp(max=t.length - 1)]
@@ -65,10 +65,10 @@ class Examples:
 
     @torch.no_grad()
     def take(self, rows: Tensor) -> tuple[Obs, Tensor]:
-        """Returns inputs [n, ...] and chunks [n, H, A] of demonstrated steps, counted through.
+        """Returns inputs [n, ...] and chunks [n, `taught_steps`, A] of demonstrated steps.
 
         Args:
-            rows: their numbers [n], on the CPU.
+            rows: their numbers [n], counted through all episodes, on the CPU.
         """
         here = rows.to(self._device)
         if self._inputs is not None:

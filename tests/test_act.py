@@ -263,7 +263,7 @@ def act_by_hand(
     action = chunk * STATISTICS["action.std"] + STATISTICS["action.mean"]
     maps = x.split(count)[2:]
     vector = torch.cat([*(m.mean(0) for m in maps), z.mean(0), state], 1)
-    return {"action": action[:, :H].clamp(-1, 1), "vector": vector}
+    return {"action": action[:, :H].clamp(-1, 1), "vector": vector, "chunk": chunk}
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])

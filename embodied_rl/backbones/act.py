@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embodied_rl.backbones.act_network import ActNetwork, ActSizes
+from embodied_rl.backbones.act_network import ActNetwork, ActOutput, ActSizes
 from embodied_rl.backbones.act_settings import ActSettings, fit, read_act
-from embodied_rl.backbones.act_weights import build_network, load_network
+from embodied_rl.backbones.act_weights import build_network, load_network, write_network
 from embodied_rl.backbones.lerobot_normalise import Normaliser
 from embodied_rl.backbones.pi0_inputs import state_vector
 from embodied_rl.backbones.pi0_network import check_dtype
 from embodied_rl.backbones.source import read_source, rebuild, record
+from embodied_rl.command_configs import PretrainConfig
 from embodied_rl.config import PolicyConfig
 from embodied_rl.errors import UserError
-from embodied_rl.interfaces import Backbone
-from embodied_rl.types import EnvSpec, Features, Obs
+from embodied_rl.interfaces import Imitator
+from embodied_rl.types import EnvSpec, Features, Obs, Trajectory
+
+IMAGE, STATE, ENVIRONMENT = "image.", "state", "environment"  # keys of `ActBackbone.inputs`
 
 
-class ActBackbone(Backbone):
+class ActBackbone(Imitator):
     """An action chunking transformer: images and state to one chunk, deterministically.
 
     Features: for each camera, the mean of the transformer encoder's output over the camera's
@@ -37,6 +41,9 @@ class ActBackbone(Backbone):
         dtype: name of its precision.
         source: folder that the weights came from; None: they are in our own policy folder.
     """
+
+    keeps_inputs = False  # float pixels
+    tuning_rate = 1e-5  # LeRobot's
 
     def __init__(
         self,
@@ -63,14 +70,25 @@ class ActBackbone(Backbone):
     ) -> Features:
         """Encodes observations; features float32 whatever the network's precision."""
         del samples, generator  # deterministic
-        dtype = self.network.dtype
-        state = self._vector(obs, self.settings.state_keys, self.state)
-        environment = self._vector(obs, self.settings.environment_keys, self.environment)
-        images = [image.to(dtype) for image in self.pixels(obs)]
-        out = self.network(images, state.to(dtype), environment.to(dtype))
-        parts = [out.cameras.flatten(1), out.plan, state, environment]
+        inputs = self.inputs(obs)
+        out = self._run(inputs)
+        parts = [out.cameras.flatten(1), out.plan, inputs[STATE], inputs[ENVIRONMENT]]
         actions = self.action.unnormalise(out.actions[:, : self.chunk_size].float())
         return Features(torch.cat([part.float() for part in parts], 1), actions.clamp(-1, 1))
+
+    def inputs(self, obs: Obs) -> Obs:
+        """What the network reads, normalised: images by number, state, environment state."""
+        settings = self.settings
+        return {
+            **{f"{IMAGE}{i}": image for i, image in enumerate(self.pixels(obs))},
+            STATE: self._vector(obs, settings.state_keys, self.state),
+            ENVIRONMENT: self._vector(obs, settings.environment_keys, self.environment),
+        }
+
+    def _run(self, inputs: Obs) -> ActOutput:
+        dtype = self.network.dtype
+        images = [inputs[f"{IMAGE}{i}"].to(dtype) for i in range(len(self.images))]
+        return self.network(images, inputs[STATE].to(dtype), inputs[ENVIRONMENT].to(dtype))
 
     def pixels(self, obs: Obs) -> list[Tensor]:
         """Scales images to [0, 1], resizes them to the policy's sizes and normalises them.
@@ -98,9 +116,50 @@ class ActBackbone(Backbone):
             return torch.zeros(len(first), 0, device=first.device)
         return normaliser.normalise(state_vector(obs, keys))
 
+    # ------------------------------------------------------------ training
+
     def blocks(self) -> list[nn.Module]:
         """Image network, input projections, encoder, decoder; not the action head."""
         return self.network.blocks()
+
+    @property
+    def taught_steps(self) -> int:
+        """All actions that the network computes, also those that are not executed.
+
+        Left out, they would drift with the weights that they share with the others, and LeRobot's
+        user may raise `n_action_steps`.
+        """
+        return self.network.sizes.chunk_size
+
+    def imitation_loss(
+        self, inputs: Obs, chunks: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Mean absolute error of the normalised actions, with the latent at zero, as it acts.
+
+        LeRobot trains with a latent that a variational encoder finds in the demonstrated chunk, to
+        tell apart several ways of doing the same. A deterministic teacher has one way.
+
+        Args:
+            inputs: what `inputs` returned.
+            chunks: actions [B, `taught_steps`, A] in the environment's range.
+            generator: not read: nothing is drawn.
+        """
+        del generator
+        wanted = self.action.normalise(chunks)
+        return F.l1_loss(self._run(inputs).actions.to(wanted.dtype), wanted)
+
+    @classmethod
+    def for_demos(
+        cls,
+        trajectories: Sequence[Trajectory],
+        instructions: Sequence[str],
+        config: PretrainConfig,
+    ) -> ActBackbone:
+        """Refuses: sizes and image network come from a folder."""
+        raise UserError(
+            "backbone=act cannot be trained here from nothing. Drop it and give init=<ACT folder> "
+            "(LeRobot's layout, or a run that finetuned one)."
+        )
 
     # ------------------------------------------------------------ environment
 
@@ -126,6 +185,13 @@ class ActBackbone(Backbone):
         sizes, settings = read_act(folder, buffers, config)
         network = load_network(weights, sizes, dtype, str(folder))
         return cls(network, settings, config.dtype, str(folder.resolve()))
+
+    def to_folder(self, folder: Path) -> None:
+        """Writes the layout that the weights came from; published names and precisions."""
+        if self.source is None:
+            super().to_folder(folder)
+        else:
+            write_network(self.network, Path(self.source), folder)
 
     def config_dict(self) -> dict[str, Any]:
         """Sizes, precision, source of the weights and settings."""

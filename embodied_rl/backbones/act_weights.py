@@ -1,8 +1,9 @@
-"""Weights of an ACT: the names in LeRobot's model.safetensors, and loading them."""
+"""Weights of an ACT: the names in LeRobot's model.safetensors, loading and writing them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from embodied_rl.backbones.act_network import ActNetwork, ActSizes, Encoder
 from embodied_rl.backbones.act_resnet import torchvision_names
-from embodied_rl.backbones.lerobot_weights import check_weights
+from embodied_rl.backbones.lerobot_weights import check_weights, write_weights
 
 MODEL = "model."  # what the names of all weights start with
 VISION = "backbone."
@@ -87,3 +88,9 @@ def load_network(
     }
     network.load_state_dict(state, assign=True)
     return network.eval()
+
+
+def write_network(network: ActNetwork, source: Path, folder: Path) -> None:
+    """Writes a folder like `source`, with the network's weights; its variational encoder stays."""
+    unread = unread_shapes(network.sizes)
+    write_weights(source, folder, network.state_dict(), published_names(network), unread)

@@ -23,9 +23,13 @@ ACTION = "action"
 
 def split_buffers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Parts the tensors of a model.safetensors into weights and statistics, by name."""
-    parts = (INPUTS, TARGETS, OUTPUTS)
-    weights = {k: v for k, v in tensors.items() if not k.startswith(parts)}
-    return weights, {k: v for k, v in tensors.items() if k.startswith(parts)}
+    weights = {k: v for k, v in tensors.items() if not is_buffer(k)}
+    return weights, {k: v for k, v in tensors.items() if is_buffer(k)}
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor of a model.safetensors is a statistic, not a weight."""
+    return name.startswith((INPUTS, TARGETS, OUTPUTS))
 
 
 def from_buffers(buffers: Mapping[str, Tensor], feature: str, mode: str, where: str) -> Normaliser:

@@ -1,11 +1,14 @@
-"""The tensors of a LeRobot folder against those that a network has."""
+"""The tensors of a LeRobot folder against those that a network has: checked, and written back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
+from pathlib import Path
 
 from torch import Tensor
 
+from embodied_rl.backbones.lerobot_buffers import is_buffer
+from embodied_rl.backbones.published_folder import write_folder
 from embodied_rl.errors import UserError
 
 
@@ -42,3 +45,35 @@ def check_weights(
             f"{where}: these weights are not those of the {what} in its config.json: "
             f"{'; '.join(parts)}. Copy config.json and model.safetensors from the same source."
         )
+
+
+def write_weights(
+    source: Path,
+    folder: Path,
+    weights: dict[str, Tensor],
+    names: Mapping[str, str],
+    unread: Container[str],
+    plain: Callable[[str], str] = str,
+) -> None:
+    """Writes a folder like `source`, with a network's weights.
+
+    Statistics among the weights, as folders before LeRobot 0.4 have them, are copied bit for bit.
+
+    Args:
+        source: the LeRobot folder that they came from.
+        folder: where to.
+        weights: by our name.
+        names: published name of each, by ours.
+        unread: published names of what the network does not have; copied bit for bit.
+        plain: makes a published name of one in the file, where the two differ.
+
+    Raises:
+        UserError: names or shapes are not those of `source`, which must have changed.
+    """
+    ours = {theirs: mine for mine, theirs in names.items()}
+
+    def name(key: str) -> str | None:
+        known = plain(key)
+        return None if known in unread or is_buffer(key) else ours.get(known, key)
+
+    write_folder(source, folder, name, weights)

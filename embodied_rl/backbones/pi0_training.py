@@ -1,11 +1,12 @@
-"""Training a π0 by imitation: the flow-matching loss, and the times that it draws."""
+"""Training a π0 by imitation: the flow-matching loss."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import PI0Config, PI0ForConditionalGeneration
+from transformers import PI0ForConditionalGeneration
 
+from embodied_rl.backbones.flow_times import draw_times
 from embodied_rl.errors import UserError
 
 
@@ -22,30 +23,22 @@ def flow_loss(
         inputs: of the observations, preprocessed.
         actions: the chunks, in the network's precision.
         generator: draws noise and times, on the CPU; None: torch's default one.
-    """
-    noise = torch.randn(actions.shape, generator=generator).to(actions)
-    time = draw_times(network.config, len(actions), generator).to(actions.device)
-    return network(**inputs, actions=actions, noise=noise, timestep=time).loss
-
-
-def draw_times(config: PI0Config, count: int, generator: torch.Generator | None) -> Tensor:
-    """Draws flow times [B] as π0's training does: Beta(a, 1), scaled into (0, 1).
-
-    The distribution function of Beta(a, 1) is t^a, so t is a uniform number to the power 1 / a.
-
-    Args:
-        config: of the network.
-        count: B.
-        generator: draws, on the CPU; None: torch's default one.
 
     Raises:
-        UserError: the second parameter is not 1.
+        UserError: the second parameter of the times' distribution is not 1.
     """
+    config = network.config
     if config.time_sampling_beta_beta != 1:
         raise UserError(
             f"time_sampling_beta_beta={config.time_sampling_beta_beta} in the policy's config. "
             "Allowed: 1."
         )
-    uniform = torch.rand(count, generator=generator)
-    times = uniform ** (1 / config.time_sampling_beta_alpha)
-    return times * config.time_sampling_scale + config.time_sampling_offset
+    noise = torch.randn(actions.shape, generator=generator).to(actions)
+    time = draw_times(
+        len(actions),
+        generator,
+        config.time_sampling_beta_alpha,
+        config.time_sampling_scale,
+        config.time_sampling_offset,
+    ).to(actions.device)
+    return network(**inputs, actions=actions, noise=noise, timestep=time).loss

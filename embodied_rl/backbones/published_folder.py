@@ -25,7 +25,7 @@ def weight_files(folder: Path) -> list[Path]:
 def write_folder(
     source: Path,
     folder: Path,
-    name: Callable[[str], str],
+    name: Callable[[str], str | None],
     weights: dict[str, Tensor],
     unread: Set[str] = frozenset(),
 ) -> None:
@@ -38,7 +38,8 @@ def write_folder(
     Args:
         source: the published folder.
         folder: where to; made if it is not there.
-        name: maps a published name to ours.
+        name: maps a published name to ours; None: known, but nothing here reads it, so that it is
+            copied bit for bit.
         weights: ours, by name.
         unread: those of ours that a published folder may lack.
 
@@ -53,14 +54,17 @@ def write_folder(
             names, metadata = list(opened.keys()), opened.metadata()
             tensors = {key: opened.get_tensor(key) for key in names}
         for key, published in tensors.items():
-            mine = weights.get(name(key))
+            ours = name(key)
+            if ours is None:
+                continue
+            mine = weights.get(ours)
             if mine is None or mine.shape != published.shape:
                 what = "no such tensor" if mine is None else f"the shape {tuple(mine.shape)}"
                 raise UserError(
                     f"{path}: {key} has the shape {tuple(published.shape)}, the trained policy "
                     f"{what}. Was the folder changed? Put the original files back there."
                 )
-            written.add(name(key))
+            written.add(ours)
             mine = mine.detach().cpu()
             if not torch.equal(published.to(mine.dtype), mine):
                 tensors[key] = mine.to(published.dtype).contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from embodied_rl.backbones.flow_times import draw_times
 from embodied_rl.backbones.images import to_pixels
 from embodied_rl.backbones.lerobot_normalise import Normaliser
 from embodied_rl.backbones.pi0_inputs import state_vector
@@ -23,15 +25,16 @@ from embodied_rl.backbones.smolvla_folder import (
 )
 from embodied_rl.backbones.smolvla_network import SmolVLAContext, SmolVLANetwork
 from embodied_rl.backbones.smolvla_sizes import SmolVLASizes
-from embodied_rl.backbones.smolvla_weights import build_network, load_network
+from embodied_rl.backbones.smolvla_weights import build_network, load_network, write_network
 from embodied_rl.backbones.source import read_source, rebuild, record
+from embodied_rl.command_configs import PretrainConfig
 from embodied_rl.config import PolicyConfig
 from embodied_rl.errors import UserError
-from embodied_rl.interfaces import FlowBackbone
-from embodied_rl.types import INSTRUCTION, EnvSpec, Obs
+from embodied_rl.interfaces import FlowBackbone, Imitator
+from embodied_rl.types import INSTRUCTION, EnvSpec, Obs, Trajectory
 
 
-class SmolVLABackbone(FlowBackbone):
+class SmolVLABackbone(FlowBackbone, Imitator):
     """SmolVLM's first layers and a flow-matching expert, with LeRobot's preprocessing.
 
     The prefix (images, instruction, state) runs once for an observation. Its last hidden state,
@@ -45,6 +48,9 @@ class SmolVLABackbone(FlowBackbone):
         dtype: name of its precision.
         source: folder that the weights came from; None: they are in our own policy folder.
     """
+
+    keeps_inputs = False  # float pixels
+    tuning_rate = 1e-4  # LeRobot's
 
     prompt_ids: Tensor
     prompt_mask: Tensor
@@ -141,9 +147,46 @@ class SmolVLABackbone(FlowBackbone):
         """Repeats each row `times` times."""
         return context.repeat(times)
 
+    # ------------------------------------------------------------ training
+
     def blocks(self) -> list[nn.Module]:
         """Vision tower, connector, embeddings and language model; not the action expert."""
         return self.network.blocks()
+
+    def imitation_loss(
+        self, inputs: Obs, chunks: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Flow-matching loss of demonstrated chunks [B, H, A], as SmolVLA was trained.
+
+        Args:
+            inputs: what `inputs` returned.
+            chunks: actions in the environment's range.
+            generator: draws noise and times, on the CPU; None: torch's default one.
+        """
+        actions = self.action.normalise(chunks)
+        # Padded entries count, as in LeRobot until March 2026 (its pull request 3133 left them out)
+        # and in π0: `integrate` moves them too, and where their velocity is not taught they leave
+        # the path from noise to zero on which the network is trained to read them.
+        actions = F.pad(actions, (0, self.noise_dim - actions.shape[-1]))
+        noise = torch.randn(actions.shape, generator=generator).to(actions)
+        times = draw_times(len(actions), generator).to(actions)
+        time = times[:, None, None]
+        _, context = self.network.encode(**inputs)
+        velocity = self.network.velocity(context, time * noise + (1 - time) * actions, times)
+        return F.mse_loss(velocity.to(actions.dtype), noise - actions)
+
+    @classmethod
+    def for_demos(
+        cls,
+        trajectories: Sequence[Trajectory],
+        instructions: Sequence[str],
+        config: PretrainConfig,
+    ) -> SmolVLABackbone:
+        """Refuses: a few demonstrations teach 450 million random weights nothing."""
+        raise UserError(
+            "backbone=smolvla cannot be trained here from nothing. Drop it and give init=<SmolVLA "
+            "folder> (LeRobot's layout, or a run that finetuned one)."
+        )
 
     # ------------------------------------------------------------ environment
 
@@ -174,6 +217,13 @@ class SmolVLABackbone(FlowBackbone):
         settings.tokenizer = str(tokenizer_of(folder, config.tokenizer).resolve())
         network = load_network(weights, sizes, dtype, str(folder))
         return cls(network, settings, config.dtype, str(folder.resolve()))
+
+    def to_folder(self, folder: Path) -> None:
+        """Writes the layout that the weights came from; published names and precisions."""
+        if self.source is None:
+            super().to_folder(folder)
+        else:
+            write_network(self.network, Path(self.source), folder)
 
     def config_dict(self) -> dict[str, Any]:
         """Sizes, precision, source of the weights and settings."""

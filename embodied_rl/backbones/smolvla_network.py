@@ -131,8 +131,8 @@ class SmolVLANetwork(nn.Module):
         x = self.vlm.text_model.norm(x)
         return x, SmolVLAContext(tuple(keys), tuple(values), mask)
 
-    def velocity(self, context: SmolVLAContext, noisy: Tensor, time: float) -> Tensor:
-        """Evaluates the velocity field at chunks [B, H, W] and a time in (0, 1].
+    def velocity(self, context: SmolVLAContext, noisy: Tensor, time: float | Tensor) -> Tensor:
+        """Evaluates the velocity field at chunks [B, H, W] and a time in (0, 1], or times [B].
 
         Returns:
             [B, H, W] in the network's precision.
@@ -140,7 +140,7 @@ class SmolVLANetwork(nn.Module):
         count, length = noisy.shape[:2]
         actions = self.action_in_proj(noisy.to(self.dtype))
         sines = time_embedding(time, self.sizes, noisy.device).to(self.dtype)
-        joined = torch.cat([actions, sines.expand_as(actions)], 2)
+        joined = torch.cat([actions, sines.unsqueeze(-2).expand_as(actions)], 2)
         x = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(joined)))
         steps = torch.arange(length, device=noisy.device)
         own = steps[None].expand(count, length)
@@ -248,13 +248,13 @@ def finish(layer: Any, x: Tensor, attended: Tensor) -> Tensor:
     return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
-def time_embedding(time: float, sizes: SmolVLASizes, device: torch.device) -> Tensor:
-    """Sines, then cosines, of a time, with periods spaced geometrically: [expert width] float64.
+def time_embedding(time: float | Tensor, sizes: SmolVLASizes, device: torch.device) -> Tensor:
+    """Sines, then cosines, of times [...], with periods spaced geometrically: [..., width] float64.
 
     The time itself is float32, as published: the shortest period tells the difference.
     """
     ratio = sizes.max_period / sizes.min_period
-    when = torch.tensor(time, dtype=torch.float32, device=device).double()
+    when = torch.as_tensor(time, dtype=torch.float32, device=device).double()[..., None]
     place = torch.linspace(0, 1, sizes.expert // 2, dtype=torch.float64, device=device)
     angle = 2 * math.pi * when / (sizes.min_period * ratio**place)
-    return torch.cat([angle.sin(), angle.cos()])
+    return torch.cat([angle.sin(), angle.cos()], -1)

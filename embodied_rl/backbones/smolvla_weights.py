@@ -1,13 +1,14 @@
-"""Weights of a SmolVLA: the names in LeRobot's model.safetensors, and loading them."""
+"""Weights of a SmolVLA: the names in LeRobot's model.safetensors, loading and writing them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from embodied_rl.backbones.lerobot_weights import check_weights
+from embodied_rl.backbones.lerobot_weights import check_weights, write_weights
 from embodied_rl.backbones.smolvla_network import SmolVLANetwork
 from embodied_rl.backbones.smolvla_sizes import SmolVLASizes
 
@@ -25,6 +26,11 @@ def published_names(network: SmolVLANetwork) -> dict[str, str]:
         part = next((p for p in PARTS if ours.startswith(p)), "")
         names[ours] = PARTS.get(part, MODEL) + ours.removeprefix(part)
     return names
+
+
+def plain_name(name: str) -> str:
+    """The published name of a tensor that was perhaps saved compiled."""
+    return MODEL + name.removeprefix(COMPILED) if name.startswith(COMPILED) else name
 
 
 def unread_shapes(sizes: SmolVLASizes) -> dict[str, tuple[int, ...]]:
@@ -51,10 +57,7 @@ def load_network(
     Raises:
         UserError: tensors are missing, unexpected or of another shape.
     """
-    weights = {
-        MODEL + k.removeprefix(COMPILED) if k.startswith(COMPILED) else k: v
-        for k, v in weights.items()
-    }
+    weights = {plain_name(k): v for k, v in weights.items()}
     with torch.device("meta"):
         network = SmolVLANetwork(sizes)
     names, own = published_names(network), network.state_dict()
@@ -63,3 +66,9 @@ def load_network(
     state = {ours: weights[theirs].to(dtype) for ours, theirs in names.items()}
     network.load_state_dict(state, assign=True)
     return network.eval()
+
+
+def write_network(network: SmolVLANetwork, source: Path, folder: Path) -> None:
+    """Writes a folder like `source`, with the network's weights; the language head stays."""
+    names, unread = published_names(network), unread_shapes(network.sizes)
+    write_weights(source, folder, network.state_dict(), names, unread, plain_name)

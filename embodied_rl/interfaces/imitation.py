@@ -28,6 +28,14 @@ class Imitator(Backbone, ABC):
     keeps_inputs: bool = True
     tuning_rate: float = 3e-4
 
+    @property
+    def taught_steps(self) -> int:
+        """Actions of a demonstrated chunk that `imitation_loss` reads.
+
+        H, or more where the policy computes more than it executes.
+        """
+        return self.chunk_size
+
     @classmethod
     @abstractmethod
     def for_demos(
@@ -59,10 +67,10 @@ class Imitator(Backbone, ABC):
     def imitation_loss(
         self, inputs: Obs, chunks: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Returns the mean loss (scalar) of proposing the demonstrated chunks [B, H, A].
+        """Returns the mean loss (scalar) of proposing the demonstrated chunks.
 
         Args:
             inputs: rows of what `inputs` returned.
-            chunks: the actions demonstrated from there on.
+            chunks: the actions demonstrated from there on, [B, `taught_steps`, A].
             generator: draws whatever noise the loss needs, on the CPU.
         """
