@@ -25,20 +25,17 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from turns import Step, Worker, by_turns, serve
 
 OBS, ACT, TRANSITIONS, EPISODE = 17, 6, 100_000, 1_000
 ACTOR, RATE, GAMMA = 256, 1e-3, 0.99
 DELAY = {"crossq": 3, "sac": 1}
-Step = Callable[[int], None]
 
 
 def ours(case: argparse.Namespace) -> Step:
@@ -205,71 +202,17 @@ def gflop(case: argparse.Namespace) -> float:
     return 2e-9 * (total + steps / DELAY[case.algo])
 
 
-def serve(case: argparse.Namespace) -> None:
-    """A worker: reads how many updates to take, answers with the seconds."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: case.threads])
-    sys.stdout.flush()
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever libraries print goes to stderr
-    step = build(case)
-    step(48)  # compiled, warm
-    for line in sys.stdin:
-        started = time.perf_counter()
-        step(int(line))
-        answers.write(f"{time.perf_counter() - started}\n")
-        answers.flush()
-
-
-class Worker:
-    """One implementation in its process; `rates` are updates per second, a round each."""
-
-    def __init__(self, name: str, case: argparse.Namespace) -> None:
-        self.name, self.rates = name, []
-        words = [
-            *("--worker", name, "--algo", case.algo, "--threads", str(case.threads)),
-            *("--width", str(case.width), "--batch", str(case.batch), *case.words),
-        ]
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, *words],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.rates: list[float] = []
-        self.count = 8
-        while (seconds := self._take(self.count)) < case.seconds / 2:
-            self.count = 8 * max(1, round(self.count * case.seconds / seconds / 8))
-
-    def _take(self, count: int) -> float:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(f"{count}\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"{self.name} ended with {self.process.wait()}")
-        return float(answer)
-
-    def round(self) -> None:
-        """Takes a round's updates."""
-        self.rates.append(self.count / self._take(self.count))
-
-    def close(self) -> None:
-        """Ends the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
 def measure(case: argparse.Namespace) -> dict[str, list[float]]:
     """Rates of all implementations in one setting, by turns."""
     names = ["product", "ours", "ours bf16", "sb3", "sbx", "sbx x8"]
-    workers = [Worker(name, case) for name in names if name not in case.without]
-    for _ in range(case.rounds):
-        for worker in workers:
-            worker.round()
-    for worker in workers:
-        worker.close()
-    return {worker.name: worker.rates for worker in workers}
+    workers = []
+    for name in names:
+        if name not in case.without:
+            command = [sys.executable, __file__, "--worker", name, "--algo", case.algo]
+            for key in ("threads", "width", "batch"):
+                command += [f"--{key}", str(getattr(case, key))]
+            workers.append(Worker(name, [*command, *case.words], case.seconds, quantum=8))
+    return by_turns(workers, case.rounds)
 
 
 def row(case: argparse.Namespace, rates: dict[str, list[float]]) -> dict[str, Any]:
@@ -370,7 +313,9 @@ def worker() -> None:
     for name in ("threads", "width", "batch"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("words", nargs="*")
-    serve(parser.parse_args())
+    case = parser.parse_args()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: case.threads])
+    serve(lambda: build(case), warm_up=48)
 
 
 if __name__ == "__main__":
