@@ -21,7 +21,7 @@ from embodied_rl.channel import HANDLE, Channel
 from embodied_rl.collector import Collector
 from embodied_rl.config import Config
 from embodied_rl.distributed import Ranks
-from embodied_rl.envs.process import spec_to_json
+from embodied_rl.envs.host import spec_to_json
 from embodied_rl.errors import RunStopped, UserError
 from embodied_rl.generators import Generators
 from embodied_rl.guard import Guard

@@ -15,7 +15,7 @@ from embodied_rl.channel import Channel
 from embodied_rl.collecting import collect
 from embodied_rl.config import Config
 from embodied_rl.distributed import Ranks, own_gpu
-from embodied_rl.envs.process import spec_from_json
+from embodied_rl.envs.host import spec_from_json
 from embodied_rl.errors import RunStopped, UserError
 from embodied_rl.guard import FOLDER
 from embodied_rl.interfaces import VecEnv

@@ -37,6 +37,9 @@ class EnvConfig:
     # repeat the frame in between; for policies that execute n (2n, ...) actions per decision
     render_every: int = 1
     render_size: int = 256  # pixels, side of a video frame
+    # gymnasium: step environments in this process, which is faster where a step takes less than a
+    # millisecond; one that crashes or hangs then takes the run along
+    in_process: bool = False
     worker_timeout: float = 300.0  # seconds for a step or reset before its process is restarted
     kwargs: dict[str, Any] = field(default_factory=dict)  # passed on to the simulator
 

@@ -31,7 +31,8 @@ def main(args: list[str]) -> int:
             f"run_dir={run_dir} is not empty. Continue that run with resume={run_dir}, or name "
             "another folder."
         )
-    if config.env.type in FORKED:  # it imports simulators while this process imports torch
+    if config.env.type in FORKED and not config.env.in_process:
+        # it imports simulators while this process imports torch
         start_early([ENVS.module(config.env.type)])
 
     import torch  # after the arguments were checked: a typo should not wait for imports

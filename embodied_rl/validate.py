@@ -94,6 +94,10 @@ def _check_env(env: EnvConfig) -> None:
             f"env.render_every={env.render_every} is for env.type=maniskill, but env.type="
             f"{env.type}. Drop one."
         )
+    if env.in_process and env.type != "gymnasium":
+        raise UserError(
+            f"env.in_process=true is for env.type=gymnasium, but env.type={env.type}. Drop one."
+        )
     if env.obs_keys and env.obs_mode == "state":
         raise UserError(
             f"env.obs_keys={env.obs_keys} chooses among named observations, but env.obs_mode=state "

@@ -435,6 +435,7 @@ OUTSIDE_THE_TRAINER = {
     "env.render_size",
     "env.sim_backend",
     "env.worker_timeout",
+    "env.in_process",
     "rollout.ahead",  # of the collecting process: tests/test_asynchronous.py
     "rollout.device",
     *(f"algorithm.{key}" for key in ACCEPT_ONLY),

@@ -14,13 +14,17 @@ LIMIT = 5
 ENV_CASES = {
     "fake": (2, ("env.type=fake", "env.task=reach")),
     "gymnasium": (2, ("env.type=gymnasium", "env.task=Pendulum-v1")),
+    "gymnasium in_process": (
+        2,
+        ("env.type=gymnasium", "env.task=Pendulum-v1", "env.in_process=true"),
+    ),
     "maniskill": (1, ("env.type=maniskill", "env.task=PickCube-v1", "env.render_size=32")),
 }
 
 
 @pytest.mark.unit
 def test_every_environment_is_covered():
-    assert set(ENV_CASES) == set(ENVS.names)
+    assert {name.partition(" ")[0] for name in ENV_CASES} == set(ENVS.names)
 
 
 @pytest.fixture(
@@ -205,6 +209,28 @@ def test_gymnasium_errors_cross_the_process_border(make_config, override):
 def test_unknown_fake_task(make_env):
     with pytest.raises(UserError, match=r"env\.task='reech'.*Did you mean 'reach'\?"):
         make_env("reech")
+
+
+@pytest.mark.unit
+def test_in_process_or_not_is_the_same(make_config):
+    """Bit for bit, over ends of episodes and a resume in the middle of one."""
+    shown = []
+    for in_process in ("true", "false"):
+        settings = make_config(
+            "env.type=gymnasium",
+            "env.task=Pendulum-v1",
+            "env.max_episode_steps=3",
+            f"env.in_process={in_process}",
+        ).env
+        env = build_env(settings, 2, CPU)
+        first, results = play(env, [1, 2], [3, 4], 8)
+        state = env.state_dict()
+        env.reset([5, 6])
+        again, restarted = env.resume(state, [7, 8])
+        assert torch.equal(again["state"], results[-1].obs["state"]) and not restarted.any()
+        shown.append([first["state"], *(x for r in results for x in (r.obs["state"], r.reward))])
+        env.close()
+    assert all(torch.equal(a, b) for a, b in zip(*shown, strict=True))
 
 
 @pytest.mark.unit

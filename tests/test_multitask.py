@@ -8,8 +8,8 @@ import torch
 
 from embodied_rl.command_configs import DemosConfig
 from embodied_rl.config import Config, EnvConfig
+from embodied_rl.envs.host import spec_from_json
 from embodied_rl.envs.mixture import MixtureEnv
-from embodied_rl.envs.process import spec_from_json
 from embodied_rl.errors import UserError
 from embodied_rl.load_config import load_config
 from embodied_rl.types import ArraySpec, EnvSpec, EpisodeStats
@@ -93,7 +93,7 @@ class TestMixture:
             mixture(Recorded("a"), Recorded("b", action_dim=2))
 
     def test_spec_crosses_the_pipe(self):
-        from embodied_rl.envs.process import spec_to_json
+        from embodied_rl.envs.host import spec_to_json
 
         spec = mixture(Recorded("a"), Recorded("b")).spec
         assert spec_from_json(spec_to_json(spec)) == spec
@@ -125,6 +125,7 @@ class TestConfig:
         assert "env.obs_keys=['a']" in message and "env.obs_mode=state" in message
         assert "env.type=fake" in self.refusal("env.hidden_objects=[a]", "env.type=fake")
         assert "env.type=fake" in self.refusal("env.render_every=2", "env.type=fake")
+        assert "env.type=maniskill" in self.refusal("env.in_process=true")
 
 
 @pytest.mark.unit

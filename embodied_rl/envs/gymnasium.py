@@ -1,4 +1,4 @@
-"""Gymnasium environments with Box observations and actions, one process each."""
+"""Gymnasium environments with Box observations and actions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ def make_gymnasium(config: EnvConfig, num_envs: int, device: torch.device) -> Ve
     """Builds `num_envs` environments of a registered gymnasium task."""
     del device
     return WorkerVecEnv(
-        GymnasiumEnv, (config,), num_envs, preload=(__name__,), timeout=config.worker_timeout
+        GymnasiumEnv,
+        (config,),
+        num_envs,
+        preload=(__name__,),
+        timeout=config.worker_timeout,
+        in_process=config.in_process,
     )
 
 

@@ -18,8 +18,8 @@ from mani_skill.utils.structs import Actor
 
 from embodied_rl.config import EnvConfig
 from embodied_rl.envs import maniskill_poses
+from embodied_rl.envs.host import SingleEnv
 from embodied_rl.envs.mixture import MixtureEnv
-from embodied_rl.envs.process import SingleEnv
 from embodied_rl.envs.worker import WorkerVecEnv
 from embodied_rl.errors import UserError, nearest
 from embodied_rl.interfaces import VecEnv

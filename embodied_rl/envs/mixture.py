@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 
-from embodied_rl.envs.process import SingleEnv
+from embodied_rl.envs.host import SingleEnv
 from embodied_rl.errors import UserError
 from embodied_rl.types import INSTRUCTION, ArraySpec, EnvSpec
 

@@ -1,7 +1,4 @@
-"""One environment in a process of its own, at the other end of a pipe.
-
-Commands are JSON; observations travel as the bytes of one fixed numpy record.
-"""
+"""One environment in a process of its own, at the other end of a pipe."""
 
 from __future__ import annotations
 
@@ -12,46 +9,18 @@ import signal
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
-import numpy as np
 import torch
 
+from embodied_rl.envs.host import Host, SingleEnv
 from embodied_rl.errors import UserError
-from embodied_rl.types import ArraySpec, EnvSpec
 
-FLAGS = ("terminated", "truncated", "success")
 SLICE = 1.0  # seconds; a pause of the whole machine counts as one slice, not as a hang
 
 
 class WorkerLost(Exception):  # noqa: N818 - an event that its owner handles
     """A worker's process ended or does not answer; the message says which."""
-
-
-class SingleEnv(Protocol):
-    """What a worker runs: one environment with numpy observations."""
-
-    spec: EnvSpec
-
-    def reset(self, seed: int, *, rebuild: bool = False) -> dict[str, np.ndarray]:
-        """Starts the episode that `seed` determines.
-
-        `rebuild` leaves nothing of earlier episodes in the simulator, so that an evaluation has
-        the same outcome whatever ran before it.
-        """
-        ...
-
-    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, bool]:
-        """Returns obs, reward, terminated, truncated, success."""
-        ...
-
-    def render(self) -> np.ndarray:
-        """Returns a uint8 frame [height, width, 3]."""
-        ...
-
-    def close(self) -> None:
-        """Frees the simulator."""
-        ...
 
 
 class Worker:
@@ -135,49 +104,6 @@ class Worker:
             self.process.join()
 
 
-def record_type(spec: EnvSpec) -> np.dtype:
-    """What a worker sends after a step, a reset or a replay."""
-    obs = [(k, _numpy_dtype(s.dtype), s.shape) for k, s in spec.obs.items()]
-    return np.dtype(
-        [
-            *((f"obs.{k}", dtype, shape) for k, dtype, shape in obs),
-            *((f"final.{k}", dtype, shape) for k, dtype, shape in obs),
-            ("reward", np.float32),
-            *((name, np.bool_) for name in FLAGS),
-        ]
-    )
-
-
-def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
-    return torch.empty(0, dtype=dtype).numpy().dtype
-
-
-def spec_to_json(spec: EnvSpec) -> dict[str, Any]:
-    """What `spec_from_json` reads."""
-    obs = {k: [list(s.shape), _numpy_dtype(s.dtype).name] for k, s in spec.obs.items()}
-    return {
-        "obs": obs,
-        "action_dim": spec.action_dim,
-        "max_episode_steps": spec.max_episode_steps,
-        "name": spec.name,
-        "instructions": list(spec.instructions),
-    }
-
-
-def spec_from_json(data: dict[str, Any]) -> EnvSpec:
-    """Reads the spec that another process sends first."""
-    obs = {
-        k: ArraySpec(tuple(shape), torch.from_numpy(np.empty(0, dtype)).dtype)
-        for k, (shape, dtype) in data["obs"].items()
-    }
-    limit, told = data["max_episode_steps"], tuple(data["instructions"])
-    return EnvSpec(obs, data["action_dim"], limit, data["name"], told)
-
-
-def _answer(pipe: Connection, value: Any) -> None:
-    pipe.send_bytes(json.dumps({"ok": value}).encode())
-
-
 def _work(pipe: Connection, make: Callable[..., SingleEnv], args: tuple[Any, ...]) -> None:
     """The worker's main loop; ends when the parent closes the pipe or dies."""
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group, meant for the parent
@@ -189,8 +115,11 @@ def _work(pipe: Connection, make: Callable[..., SingleEnv], args: tuple[Any, ...
     env = None
     try:
         env = make(*args)
-        _answer(pipe, spec_to_json(env.spec))
-        _serve(pipe, env)
+        host = Host(env)
+        pipe.send_bytes(host.introduce())
+        while True:
+            for part in host.obey(json.loads(pipe.recv_bytes())):
+                pipe.send_bytes(part)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass
     except UserError as error:
@@ -201,35 +130,3 @@ def _work(pipe: Connection, make: Callable[..., SingleEnv], args: tuple[Any, ...
         if env is not None:
             env.close()
         os._exit(0)  # skips the simulator's exit handlers, which can hang
-
-
-def _serve(pipe: Connection, env: SingleEnv) -> None:
-    record = np.zeros((), record_type(env.spec))
-
-    def put(prefix: str, obs: dict[str, np.ndarray]) -> None:
-        for key, value in obs.items():
-            record[f"{prefix}.{key}"] = value
-
-    while True:
-        message = json.loads(pipe.recv_bytes())
-        if message["do"] == "render":
-            frame = env.render()
-            _answer(pipe, list(frame.shape))
-            pipe.send_bytes(np.ascontiguousarray(frame).tobytes())
-            continue
-        if message["do"] == "replay":
-            for number, (seed, actions) in enumerate(message["episodes"]):
-                put("obs", env.reset(seed, rebuild=number == 0))
-                for action in actions:
-                    put("obs", env.step(np.asarray(action, np.float32))[0])
-        else:
-            obs, reward, *flags = env.step(np.asarray(message["action"], np.float32))
-            record["reward"] = reward
-            for name, value in zip(FLAGS, flags, strict=True):
-                record[name] = value
-            put("final", obs)
-            if flags[0] or flags[1]:
-                obs = env.reset(message["seed"], rebuild=message["rebuild"])
-            put("obs", obs)
-        _answer(pipe, None)
-        pipe.send_bytes(record.tobytes())

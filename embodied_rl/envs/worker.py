@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,9 @@ import torch
 from torch import Tensor
 
 from embodied_rl.envs.fork_server import fork_context
-from embodied_rl.envs.process import (
-    FLAGS,
-    SingleEnv,
-    Worker,
-    WorkerLost,
-    record_type,
-    spec_from_json,
-)
+from embodied_rl.envs.host import FLAGS, SingleEnv, record_type, spec_from_json
+from embodied_rl.envs.in_process import InProcessWorker
+from embodied_rl.envs.process import Worker, WorkerLost
 from embodied_rl.errors import RunStopped, UserError
 from embodied_rl.interfaces import VecEnv
 from embodied_rl.types import Obs, StepResult
@@ -45,6 +41,7 @@ class WorkerVecEnv(VecEnv):
         preload: modules that the fork server imports once, so that workers share them.
         timeout: seconds that a step or reset may take before the worker counts as hanging.
         rebuild_every: episodes between rebuilds; 1 where a reset leaves no trace anyway.
+        in_process: everything in this process instead, where nothing is started again.
 
     Raises:
         UserError: an environment could not be built; carries the worker's message.
@@ -58,10 +55,14 @@ class WorkerVecEnv(VecEnv):
         preload: Sequence[str] = (),
         timeout: float = 300.0,
         rebuild_every: int = 1,
+        in_process: bool = False,
     ) -> None:
         self.num_envs, self.timeout, self.rebuild_every = num_envs, timeout, rebuild_every
-        context = fork_context(preload)
-        self._start = lambda: Worker(context, make, args)
+        self._start: Callable[[], Worker | InProcessWorker] = (
+            partial(InProcessWorker, make, args)
+            if in_process
+            else partial(Worker, fork_context(preload), make, args)
+        )
         self._closed = False
         self._warnings: list[str] = []
         self._losses: list[float] = []  # when
