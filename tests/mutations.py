@@ -32,12 +32,13 @@ TESTS = (
 
 
 class Mutation(NamedTuple):
-    """One mistake: in `file`, `old` (which occurs once) becomes `new`."""
+    """One mistake: in `file`, `old` (which occurs once) becomes `new`; `tests` shall catch it."""
 
     name: str
     file: str
     old: str
     new: str
+    tests: tuple[str, ...] = TESTS
 
 
 MUTATIONS = (
@@ -163,6 +164,20 @@ MUTATIONS = (
         "gamma**before * chunk",
         "gamma * chunk",
     ),
+    Mutation(
+        "onednn-without-bias",
+        "products.py",
+        "right.t(), bias, ",
+        "right.t(), None, ",
+        ("test_products.py",),
+    ),
+    Mutation(
+        "bias-gradient-rounded",
+        "products.py",
+        "gradient.sum(0) if to_bias",
+        "low.float().sum(0) if to_bias",
+        ("test_products.py",),
+    ),
 )
 
 
@@ -184,7 +199,7 @@ def run(mutation: Mutation) -> str | None:
         text = source.read_text(encoding="utf-8")
         assert text.count(mutation.old) == 1, f"{mutation.name}: not once in {mutation.file}"
         source.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
-        tests = [f"tests/{name}" for name in TESTS if Path(folder, "tests", name).exists()]
+        tests = [f"tests/{name}" for name in mutation.tests if Path(folder, "tests", name).exists()]
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests],
             cwd=folder,
