@@ -103,8 +103,8 @@ def ours(case: argparse.Namespace) -> Step:
     return step
 
 
-def peer_env(task: str, maniskill: bool) -> Any:
-    """One environment of a peer."""
+def peer_env(task: str, maniskill: bool, alone: bool) -> Any:
+    """One environment of a peer, alone in a process or in the learner's."""
     import gymnasium as gym
 
     if not maniskill:
@@ -113,7 +113,8 @@ def peer_env(task: str, maniskill: bool) -> Any:
     import torch
     from mani_skill.utils.wrappers.gymnasium import CPUGymWrapper
 
-    torch.set_num_threads(1)
+    if alone:
+        torch.set_num_threads(1)
     return CPUGymWrapper(gym.make(task, num_envs=1, **MANISKILL))
 
 
@@ -122,11 +123,9 @@ def peer(case: argparse.Namespace) -> Step:
     import sb3_contrib
     import sbx
     import stable_baselines3
-    import torch
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
-    torch.set_num_threads(1)
     settings: dict[str, Any] = {
         "learning_rate": RATE,
         "learning_starts": RANDOM,
@@ -145,7 +144,7 @@ def peer(case: argparse.Namespace) -> Step:
     env = make_vec_env(
         peer_env,
         case.envs,
-        env_kwargs={"task": case.task, "maniskill": case.maniskill},
+        env_kwargs={"task": case.task, "maniskill": case.maniskill, "alone": case.envs > 1},
         vec_env_cls=SubprocVecEnv if case.envs > 1 else DummyVecEnv,
     )
     model = kind("MlpPolicy", env, device="cpu", **settings)

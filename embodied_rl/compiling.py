@@ -34,8 +34,27 @@ class Compiled(Generic[Result]):
         return self._compile(args) if self._call is None else self._call(*args)
 
     def _compile(self, args: tuple[Any, ...]) -> Result:
-        from torch._dynamo import config  # here: it takes seconds to import
-        from torch._dynamo.exc import TorchDynamoException
+        name = self._plain.__name__.strip("_").replace("_", " ")
+        self._say(f"compiling: {name} (train.compile; torch keeps it for the next run)")
+        from torch._dynamo.exc import TorchDynamoException  # here: it takes seconds to import
+
+        try:
+            fast, result = self._fast(args)
+        except (TorchDynamoException, AttributeError, ImportError) as error:  # or another torch
+            reason = (str(error).strip().splitlines() or [""])[0]
+            self._say(
+                f"warning: {name} cannot be compiled here and runs as it is, about a third slower: "
+                f"{type(error).__name__}: {reason} (train.compile=never: do not try)"
+            )
+        else:
+            self._call = fast
+            return result
+        self._call = self._plain
+        return self._plain(*args)
+
+    def _fast(self, args: tuple[Any, ...]) -> tuple[Callable[..., Result], Result]:
+        """Compiles, which happens in the first call; returns the function and its result."""
+        from torch._dynamo import config
         from torch._functorch import config as autograd_config
         from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
@@ -48,8 +67,6 @@ class Compiled(Generic[Result]):
             def uuid(self) -> Any:
                 return get_hash_for_files((products.__file__,))
 
-        name = self._plain.__name__.strip("_").replace("_", " ")
-        self._say(f"compiling: {name} (train.compile; torch keeps it for the next run)")
         options = {
             # noise as torch itself draws it: the same numbers as without compiling
             "fallback_random": True,
@@ -63,24 +80,13 @@ class Compiled(Generic[Result]):
             "post_grad_custom_post_pass": OneDNN() if products.onednn_helps() else None,
         }
         fast = torch.compile(_own(self._plain), fullgraph=True, dynamic=False, options=options)
-        try:
-            # the second: what is kept on disk includes the backward passes written out in a
-            # `torch.autograd.Function`; without it most of the work is done in every run
-            with (
-                config.patch(trace_autograd_ops=True),
-                autograd_config.patch(autograd_cache_allow_custom_autograd_functions=True),
-            ):
-                result = fast(*args)
-            self._call = fast
-            return result
-        except (TorchDynamoException, AttributeError) as error:  # a torch without that setting
-            reason = (str(error).strip().splitlines() or [""])[0]
-            self._say(
-                f"warning: {name} cannot be compiled here and runs as it is, about a third slower: "
-                f"{type(error).__name__}: {reason} (train.compile=never: do not try)"
-            )
-        self._call = self._plain
-        return self._plain(*args)
+        # the second: what is kept on disk includes the backward passes written out in a
+        # `torch.autograd.Function`; without it most of the work is done in every run
+        with (
+            config.patch(trace_autograd_ops=True),
+            autograd_config.patch(autograd_cache_allow_custom_autograd_functions=True),
+        ):
+            return fast, fast(*args)
 
 
 def _own(function: Callable[..., Result]) -> Callable[..., Result]:

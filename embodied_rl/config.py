@@ -38,7 +38,8 @@ class EnvConfig:
     render_every: int = 1
     render_size: int = 256  # pixels, side of a video frame
     # gymnasium: step environments in this process, which is faster where a step takes less than a
-    # millisecond; one that crashes or hangs then takes the run along
+    # millisecond. One that crashes or hangs then takes the run along; one that draws from the
+    # global generators changes the noise of training
     in_process: bool = False
     worker_timeout: float = 300.0  # seconds for a step or reset before its process is restarted
     kwargs: dict[str, Any] = field(default_factory=dict)  # passed on to the simulator
@@ -248,7 +249,7 @@ class EvalConfig:
     final_seed: int = 10_000  # first seed of the closing before/after comparison
     metric: str = "success_once"  # success_once | success_at_end | return: the score of "best"
     video: bool = True  # MP4s of the closing comparison: the same episodes before and after
-    video_episodes: int = 4  # of the first evaluation environment, which has episodes / num_envs
+    video_episodes: int = 4  # filmed; of `evaluate` and `pretrain`: of the first environment's
 
 
 @dataclass
@@ -264,7 +265,7 @@ class TrainConfig:
     guard: bool = True  # stop at the first NaN or infinity and save the batch; false: train on
     threads: int = 1  # torch threads; the other cores step the environments
     # updates as compiled functions: auto (in runs of 20,000 updates and more) | always | never.
-    # Compiling takes a minute or two; torch keeps the result for the next run with these sizes
+    # Compiling takes half a minute; torch keeps the result for the next run with these sizes
     compile: str = "auto"
     # several processes: auto (ddp, or what accelerate launch was told) | ddp | fsdp | deepspeed;
     # the last two share out the optimiser's memory (docs/distributed.md)

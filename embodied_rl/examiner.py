@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from embodied_rl.builders import build_env
 from embodied_rl.config import Config
 from embodied_rl.distributed import Ranks
+from embodied_rl.errors import RunStopped, UserError
 from embodied_rl.evaluator import Evaluation, Evaluator
 from embodied_rl.guard import Guard
 from embodied_rl.interfaces import VecEnv
@@ -55,7 +57,7 @@ class Examiner:
             policy: what is evaluated.
             step: environment steps so far.
         """
-        summary = self._score(policy, self.config.eval.seed, None).summary
+        summary = self._score(policy, self.config.eval.seed).summary
         score = summary[self.config.eval.metric]
         self.guard.check("in an evaluation", step, {"return": torch.tensor(summary["return"])})
         self.logger.write(step, {f"eval/{k}": v for k, v in summary.items()})
@@ -71,21 +73,14 @@ class Examiner:
         )
         self.progress.last_eval = summary
 
-    def compare(self, policy: Policy, best: Path, spec: EnvSpec, videos: Path) -> dict[str, Any]:
-        """Compares the pretrained and the best policy on seeds that nothing has seen yet.
-
-        Both are filmed in the same episodes.
+    def rivals(self, policy: Policy, best: Path, spec: EnvSpec) -> tuple[Policy, Policy]:
+        """Loads the pretrained and the best policy.
 
         Args:
             policy: the trained one; its backbone serves all of them if it did not change.
             best: policy folder of the best one.
             spec: of the environments.
-            videos: folder for first.mp4 and last.mp4, if the config wants videos.
-
-        Returns:
-            The scores of both, `pretrained` and `final`, and on how many episodes from which seed.
         """
-        final_seed = self.config.eval.final_seed
         same = policy.backbone if policy.backbone.frozen else None  # in memory once
         if self.config.policy.path is None:
             start = policy.with_actor(None)
@@ -93,15 +88,44 @@ class Examiner:
             start = Policy.from_pretrained(self.config.policy.path, self.config.policy, same)
             start.backbone.check_env(spec)  # another project's folder knows no environment
             start = start.to(self.device)
-        before = self._score(start, final_seed, videos / "first.mp4").summary
-        trained = Policy.from_pretrained(best, self.config.policy, same)
-        after = self._score(trained.to(self.device), final_seed, videos / "last.mp4").summary
+        return start, Policy.from_pretrained(best, self.config.policy, same).to(self.device)
+
+    def compare(self, before: Policy, after: Policy) -> dict[str, Any]:
+        """Scores both on seeds that nothing has seen yet.
+
+        Returns:
+            Their scores, `pretrained` and `final`, and on how many episodes from which seed.
+        """
+        seed = self.config.eval.final_seed
         return {
-            "pretrained": before,
-            "final": after,
+            "pretrained": self._score(before, seed).summary,
+            "final": self._score(after, seed).summary,
             "episodes": self.config.eval.episodes,
-            "first_seed": final_seed,
+            "first_seed": seed,
         }
+
+    def film(self, before: Policy, after: Policy, folder: Path) -> None:
+        """Writes first.mp4 and last.mp4 of the comparison's first episodes, if asked to.
+
+        In a process of its own. Where nothing can be drawn it warns: the run's results are there.
+        """
+        settings = self.config.eval
+        if not settings.video:
+            return
+        count = min(settings.video_episodes, settings.episodes)
+        alone = dataclasses.replace(self.config.env, in_process=False)
+        try:
+            env = build_env(alone, 1, self.device)
+            try:
+                camera = Evaluator(env, count, self.device)
+                for policy, name in ((before, "first.mp4"), (after, "last.mp4")):
+                    video = folder / name
+                    camera.run(policy, settings.final_seed, video=video, video_episodes=count)
+            finally:
+                env.close()
+        except (UserError, RunStopped, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            self.logger.say(f"warning: no videos (eval.video=false asks for none): {reason}")
 
     def pop_warnings(self) -> list[str]:
         """One line for each environment restarted since the last call."""
@@ -112,13 +136,9 @@ class Examiner:
         if self._env is not None:
             self._env.close()
 
-    def _score(self, policy: Policy, first_seed: int, video: Path | None) -> Evaluation:
+    def _score(self, policy: Policy, first_seed: int) -> Evaluation:
         settings = self.config.eval
         if self._env is None:
             self._env = build_env(self.config.env, settings.num_envs, self.device)
-        return Evaluator(self._env, settings.episodes, self.device, self.ranks).run(
-            policy,
-            first_seed,
-            video=video if settings.video else None,
-            video_episodes=settings.video_episodes,
-        )
+        evaluator = Evaluator(self._env, settings.episodes, self.device, self.ranks)
+        return evaluator.run(policy, first_seed)

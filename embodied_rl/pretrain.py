@@ -49,7 +49,7 @@ def main(args: list[str]) -> int:
         builders.check_decisions(config.env, loaded[0])
     validate(config)
     instructions = meta.get("instructions") or list(config.env.instructions.values())
-    check_out(config)
+    check_out(config, None if loaded is None else loaded[1].source)
     out = cli.prepare_folder(Path(config.out), config.overwrite)
     if loaded is None:
         policy = clone(config, training, validation, instructions, device)
@@ -86,12 +86,19 @@ def _env_hint(config: PretrainConfig) -> str:
     return f"and the env keys of {Path(config.out) / 'pretrain.yaml'}" if changed else ""
 
 
-def check_out(config: PretrainConfig) -> None:
-    """Raises UserError where `overwrite` would take away what training reads."""
+def check_out(config: PretrainConfig, source: str | None = None) -> None:
+    """Raises UserError where `overwrite` would take away what training or its result reads.
+
+    Args:
+        config: says where to write, and from what.
+        source: folder that holds the weights of `init`, where it only refers to them.
+    """
     out = Path(config.out).resolve()
     read = {"data": Path(config.data or "")}
     if config.init is not None:
         read["init"] = find_policy(config.init)
+    if source is not None:
+        read["the weights of init"] = Path(source)
     for key, path in read.items():
         if path.resolve().is_relative_to(out):
             raise UserError(f"out={config.out} holds {key}={path}. Name another folder.")

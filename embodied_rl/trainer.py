@@ -270,8 +270,9 @@ class Trainer:
         self.logger.say("comparing the pretrained and the best policy on held-out episodes ...")
         link = LAST if self.ranks.any(self.checkpoints.best is None) else BEST
         best = self.checkpoints.folder / link / POLICY
+        rivals = self.examiner.rivals(self.policy, best, self.env.spec)
         results = {
-            **self.examiner.compare(self.policy, best, self.env.spec, self.run_dir / "videos"),
+            **self.examiner.compare(*rivals),
             "best_step": self.progress.best_step,
             "env_steps": self.step,
             "updates": self.progress.updates,
@@ -279,4 +280,5 @@ class Trainer:
         }
         if self.ranks.rank == 0:
             write_results(self.run_dir, results, self.config, self.seed)
+            self.examiner.film(*rivals, self.run_dir / "videos")
         return results

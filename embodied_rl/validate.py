@@ -98,6 +98,11 @@ def _check_env(env: EnvConfig) -> None:
         raise UserError(
             f"env.in_process=true is for env.type=gymnasium, but env.type={env.type}. Drop one."
         )
+    if env.in_process and env.worker_timeout != EnvConfig.worker_timeout:
+        raise UserError(
+            f"env.worker_timeout={env.worker_timeout:g} is for worker processes; with "
+            "env.in_process=true there are none. Drop one."
+        )
     if env.obs_keys and env.obs_mode == "state":
         raise UserError(
             f"env.obs_keys={env.obs_keys} chooses among named observations, but env.obs_mode=state "

@@ -107,6 +107,15 @@ def leaves(state):
 
 
 @pytest.mark.unit
+def test_a_torch_without_what_it_takes_compiles_nothing(monkeypatch):
+    monkeypatch.delattr(torch.compiler, "skip_all_guards_unsafe")
+    said = []
+    call = Compiled(torch.Tensor.double, said.append)
+    assert call(torch.ones(2)).dtype == torch.float64 == call(torch.ones(3)).dtype
+    assert len(said) == 2 and "AttributeError" in said[1] and "runs as it is" in said[1]
+
+
+@pytest.mark.unit
 def test_what_cannot_be_compiled_runs_as_it_is():
     def _counting(x):
         return x * float(x.sum().item() > -1e9) + len(str(hash(object())))  # no graph holds a hash

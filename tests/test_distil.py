@@ -319,6 +319,10 @@ def test_init_of_another_kind(make_backbone, tmp_path, flow_folder):
     config = PretrainConfig(init=str(tmp_path / "p"), data="d", out=str(tmp_path))
     with pytest.raises(UserError, match=f"out={tmp_path} holds init={tmp_path}/p"):
         pretrain.check_out(config)
+    config.out = str(tmp_path / "weights")
+    pretrain.check_out(config)
+    with pytest.raises(UserError, match="weights holds the weights of init=.*Name another folder"):
+        pretrain.check_out(config, source=str(tmp_path / "weights" / "act"))
     with pytest.raises(UserError, match="deterministic=false is for policies"):
         load_config(DemosConfig, ["deterministic=false"])
 

@@ -126,6 +126,8 @@ class TestConfig:
         assert "env.type=fake" in self.refusal("env.hidden_objects=[a]", "env.type=fake")
         assert "env.type=fake" in self.refusal("env.render_every=2", "env.type=fake")
         assert "env.type=maniskill" in self.refusal("env.in_process=true")
+        inside = ("env.type=gymnasium", "env.task=Pendulum-v1", "env.in_process=true")
+        assert "env.worker_timeout=60" in self.refusal(*inside, "env.worker_timeout=60")
 
 
 @pytest.mark.unit

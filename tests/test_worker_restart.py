@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +13,16 @@ from tiny_env import DIES_DRAWING, LIMIT, STRAYS, TinyEnv
 from embodied_rl.builders import build_policy
 from embodied_rl.collector import Collector
 from embodied_rl.config import RolloutConfig
+from embodied_rl.distributed import Ranks
 from embodied_rl.envs import worker as worker_module
 from embodied_rl.envs.worker import WorkerVecEnv
 from embodied_rl.errors import RunStopped, UserError
 from embodied_rl.evaluator import Evaluator
+from embodied_rl.examiner import Examiner
 from embodied_rl.guard import Guard
 from embodied_rl.metrics import read_records
+from embodied_rl.progress import Progress
+from embodied_rl.registry import ENVS
 from embodied_rl.stopping import StopRequest
 from embodied_rl.trainer import Trainer
 
@@ -165,6 +170,32 @@ def test_crash_while_drawing(make_env):
     assert result.restarted.tolist() == [False, True]
     assert states(result.obs) == [[1, 1, 0.25], [12, 0, 0]]
     assert env.render(1) is not None
+
+
+def make_tiny(config, num_envs, device) -> WorkerVecEnv:
+    return WorkerVecEnv(TinyEnv, ("tiny",), num_envs, ("tiny_env",))
+
+
+@pytest.mark.parametrize("seed", [DIES_DRAWING, DIES_DRAWING + 10])
+def test_a_renderer_that_crashes_costs_the_films_alone(make_config, scripted, tmp_path, seed):
+    ENVS.register("tiny", f"{__name__}:make_tiny")
+    config, said = make_config(), []
+    config.env.type, config.env.in_process = "tiny", False
+    config.eval.video, config.eval.final_seed, config.eval.episodes = True, seed, 3
+    config.eval.video_episodes = 2
+    guard, logger = Guard(tmp_path / "failure", enabled=True), SimpleNamespace(say=said.append)
+    examiner = Examiner(config, CPU, Ranks(), guard, Progress(), logger)
+    policies = [scripted(lambda s, a=a: torch.full((len(s), 1, 1), a)) for a in (OK, 2 * OK)]
+    results = examiner.compare(*policies)
+    assert results["pretrained"]["return"] == LIMIT * OK == results["final"]["return"] / 2
+    examiner.film(*policies, tmp_path)
+    examiner.close()
+    films = {path.name for path in tmp_path.glob("*.mp4")}
+    if seed == DIES_DRAWING:
+        assert len(said) == 1 and "no videos" in said[0] and "eval.video=false" in said[0]
+        assert not films
+    else:
+        assert films == {"first.mp4", "last.mp4"} and not said
 
 
 def test_too_many_losses_end_the_run(make_env):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
@@ -23,6 +24,13 @@ def fork_context(preload: Sequence[str]) -> ForkServerContext:
 
 
 def start_early(preload: Sequence[str]) -> None:
-    """Starts the server, which imports for seconds, and does not wait for it."""
+    """Starts the server, which imports for seconds, and does not wait for it.
+
+    To be called by the main thread.
+    """
     fork_context(preload)
-    forkserver.ensure_running()
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process to tell
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -20,18 +20,18 @@ class InProcessWorker:
     def __init__(self, make: Callable[..., SingleEnv], args: tuple[Any, ...]) -> None:
         self._env = make(*args)
         self._host = Host(self._env)
-        self._command: dict[str, Any] | None = None
+        self._commands: list[dict[str, Any]] = []
         self._parts = [self._host.introduce()]
 
     def command(self, message: dict[str, Any]) -> None:
         """Keeps the command."""
-        self._command = message
+        self._commands.append(message)
 
     def answer(self, patience: float) -> Any:
         """Obeys it, however long it takes; returns the answer."""
         del patience
-        if self._command is not None:
-            self._parts, self._command = self._host.obey(self._command), None
+        if not self._parts:
+            self._parts = self._host.obey(self._commands.pop(0))
         return json.loads(self._parts.pop(0))["ok"]
 
     def read(self) -> bytes:

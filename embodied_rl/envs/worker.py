@@ -1,4 +1,4 @@
-"""N environments in processes of their own, driven in lockstep; a lost one is started again."""
+"""N environments, as a rule in processes of their own, in lockstep; a lost one is started again."""
 
 from __future__ import annotations
 
@@ -71,8 +71,10 @@ class WorkerVecEnv(VecEnv):
         self._sent: list[list[float]] = []  # actions of the present step
         self._next_seeds: list[int] = []
         self._shown: Obs = {}  # the latest observations
-        self._workers = [self._start() for _ in range(num_envs)]
+        self._workers: list[Worker | InProcessWorker] = []
         try:
+            for _ in range(num_envs):
+                self._workers.append(self._start())
             specs = [worker.answer(START_TIMEOUT) for worker in self._workers]
         except WorkerLost as lost:
             self.close()
