@@ -177,8 +177,10 @@ def make_tiny(config, num_envs, device) -> WorkerVecEnv:
 
 
 @pytest.mark.parametrize("seed", [DIES_DRAWING, DIES_DRAWING + 10])
-def test_a_renderer_that_crashes_costs_the_films_alone(make_config, scripted, tmp_path, seed):
-    ENVS.register("tiny", f"{__name__}:make_tiny")
+def test_a_renderer_that_crashes_costs_the_films_alone(
+    make_config, scripted, tmp_path, monkeypatch, seed
+):
+    monkeypatch.setattr(ENVS, "_table", {**ENVS._table, "tiny": f"{__name__}:make_tiny"})
     config, said = make_config(), []
     config.env.type, config.env.in_process = "tiny", False
     config.eval.video, config.eval.final_seed, config.eval.episodes = True, seed, 3
