@@ -436,6 +436,7 @@ OUTSIDE_THE_TRAINER = {
     "env.sim_backend",
     "env.worker_timeout",
     "env.in_process",
+    "eval.video_episodes",  # of films: tests/test_worker_restart.py
     "rollout.ahead",  # of the collecting process: tests/test_asynchronous.py
     "rollout.device",
     *(f"algorithm.{key}" for key in ACCEPT_ONLY),
