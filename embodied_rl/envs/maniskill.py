@@ -26,8 +26,8 @@ from embodied_rl.interfaces import VecEnv
 from embodied_rl.types import ArraySpec, EnvSpec
 from embodied_rl.vulkan import check_render
 
-# Episodes between rebuilds. A rebuild costs as much as 36 steps of PickCube (2 % of the time then),
-# and a resume repeats this many episodes at most (10 s).
+# Episodes between rebuilds. A rebuild takes 50 ms, as some 20 steps of PickCube do, and a resume
+# repeats this many episodes at most (10 s).
 REBUILD_EVERY = 32
 
 

@@ -25,7 +25,7 @@ MAX_LOSSES, WINDOW = 3, 3600.0  # more losses than this (or N, if larger) in an 
 
 
 class WorkerVecEnv(VecEnv):
-    """N single environments, each in a process of its own.
+    """N single environments, each in a process of its own, or all in this one.
 
     A process that dies, or does not answer in time, is started again. Resets and resumes are then
     repeated; an episode that it was in the middle of is lost, and `StepResult.restarted` says so.
