@@ -20,6 +20,7 @@ CHOICES: dict[str, list[str]] = {
     "critic.batch_renorm.variance": ["biased", "unbiased"],
     "critic.batch_renorm.form": ["unfolded", "folded"],
     "critic.batch_renorm.order": ["after", "before"],
+    "env.sim_backend": ["physx_cpu", "physx_cuda"],
     "algorithm.adv_type": ["embodied_sac"],
     "algorithm.loss_type": ["embodied_sac"],
     "algorithm.loss_agg_func": ["token-mean"],

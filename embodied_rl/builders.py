@@ -12,6 +12,7 @@ import torch
 
 from embodied_rl.compiling import Compiled
 from embodied_rl.config import Config, EnvConfig
+from embodied_rl.cuda_graphs import Graphed
 from embodied_rl.demonstrations import check_demos, demo_folder, read_demos, with_features
 from embodied_rl.distributed import Ranks, choose_engine
 from embodied_rl.errors import UserError
@@ -171,6 +172,11 @@ def build_sac(
             "note: train.compile=always has no effect: updates that train a backbone, and those "
             "of several processes, are not compiled"
         )
+    if config.train.cuda_graphs and (plain or device.type != "cuda"):
+        raise UserError(
+            f"train.cuda_graphs=true (device {device}, {ranks.world} processes, policy.trainable="
+            f"{config.policy.trainable}): it needs a GPU, one process, and policy.trainable=none."
+        )
     compile = None if plain else build_compile(config, say)
     sac = SAC(policy.actor, q_head, temperature, engine, config, backbone, compile)
     add_judge(config, policy, q_head)  # after its copy for averaging was made
@@ -191,12 +197,13 @@ def add_judge(config: Config, policy: Policy, q_head: QHead) -> None:
 def build_compile(
     config: Config, say: Callable[[str], None]
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
-    """Returns what compiles an update, or None where `train.compile` is against it."""
+    """Returns what makes an update faster, or None where the config is against it."""
     iterations = config.train.total_steps / (config.env.num_envs * config.rollout.steps)
     short = iterations * config.algorithm.update_epoch < COMPILE_FROM
-    if config.train.compile == "never" or (config.train.compile == "auto" and short):
-        return None
-    return lambda function: Compiled(function, say)
+    plain = config.train.compile == "never" or (config.train.compile == "auto" and short)
+    if config.train.cuda_graphs:
+        return lambda function: Graphed(function if plain else Compiled(function, say))
+    return None if plain else lambda function: Compiled(function, say)
 
 
 def build_encoder(

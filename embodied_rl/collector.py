@@ -11,11 +11,11 @@ from torch import Tensor
 
 from embodied_rl.config import RolloutConfig
 from embodied_rl.distributed import Ranks
-from embodied_rl.episode import Episode, Row
+from embodied_rl.episodes import FLAGS, Episodes, Rows
 from embodied_rl.guard import Guard
 from embodied_rl.interfaces import TrajectorySink, VecEnv
 from embodied_rl.policy import Policy
-from embodied_rl.types import EpisodeStats, Features, Obs, StepResult, Trajectory
+from embodied_rl.types import EpisodeStats, Features, Obs, Trajectory
 
 RECENT = 8  # finished trajectories kept at hand
 TRAIN_SEEDS = 2**30  # training episodes take seeds from here up, evaluations below
@@ -85,7 +85,8 @@ class Collector:
         self.stats = EpisodeStats()
         self.recent: deque[Trajectory] = deque(maxlen=RECENT)
         self._numbers = [0] * env.num_envs  # of each environment's present episode
-        self._episodes = [Episode() for _ in range(env.num_envs)]
+        self._following = self._seeds(ahead=1)  # seeds of the episodes after the present ones
+        self._episodes = Episodes(env.num_envs, self.execute, env.device)
         self._obs: Obs | None = None  # what to act on next
         self._saved: dict[str, Any] | None = None  # state of the environments to go back to
 
@@ -107,9 +108,12 @@ class Collector:
         self._check("at the start of the episodes", {f"obs.{k}": v for k, v in self._obs.items()})
         return len(different)
 
-    def _seeds(self, ahead: int = 0) -> list[int]:
+    def _seed(self, env: int, ahead: int) -> int:
         first = self.ranks.rank * self.env.num_envs  # of this process's environments among all
-        return [episode_seed(self.seed, first + i, n + ahead) for i, n in enumerate(self._numbers)]
+        return episode_seed(self.seed, first + env, self._numbers[env] + ahead)
+
+    def _seeds(self, ahead: int = 0) -> list[int]:
+        return [self._seed(env, ahead) for env in range(self.env.num_envs)]
 
     def _drop(self, env: int) -> None:
         self.dropped += 1
@@ -117,29 +121,27 @@ class Collector:
 
     def _next_episode(self, env: int) -> None:
         self._numbers[env] += 1
-        self._episodes[env] = Episode()
+        self._following[env] = self._seed(env, ahead=1)
+        self._episodes.restart(env)
 
     @property
-    def deciding(self) -> list[int]:
+    def deciding(self) -> np.ndarray:
         """Environments whose next step needs a new decision."""
-        return [i for i, episode in enumerate(self._episodes) if episode.undecided]
+        return np.flatnonzero(self._episodes.undecided)
 
     @torch.no_grad()
     def begin(self) -> None:
         """Decides where a chunk is used up, and starts one environment step."""
         assert self._obs is not None, "call start() first"
         deciding = self.deciding
-        if deciding:
-            obs = {k: v[deciding].to(self.device) for k, v in self._obs.items()}
+        if len(deciding):
+            obs = {k: v[torch.from_numpy(deciding)].to(self.device) for k, v in self._obs.items()}
             features = self.policy.encode(obs)
             chosen = self._explore(features)
-            chunks = self.policy.decode(features, chosen).cpu()
-            chosen = chosen.cpu()
+            chunks = self.policy.decode(features, chosen)
             self._check("in the policy's actions", {"action": chosen, "executed": chunks})
-            for j, i in enumerate(deciding):
-                self._decide(i, self._observation(obs, features, j), chosen[j], chunks[j])
-        actions = torch.stack([e.next_action() for e in self._episodes])
-        self.env.send(actions, self._seeds(ahead=1))
+            self._decide(deciding, self._observations(obs, features), chosen, chunks)
+        self.env.send(self._episodes.next_actions(), list(self._following))
 
     def _explore(self, features: Features) -> Tensor:
         actor = self.policy.actor
@@ -150,10 +152,12 @@ class Collector:
             return features.base_action
         return actor.explore(features, self.env_steps).action
 
-    def _decide(self, i: int, row: Row, action: Tensor, chunk: Tensor) -> None:
-        if self._episodes[i].rows >= self.config.max_trajectory_steps:
-            self._store(self._episodes[i].close(row))
-        self._episodes[i].decide(row, action, chunk[: self.execute])
+    def _decide(self, envs: np.ndarray, observed: Rows, action: Tensor, chunk: Tensor) -> None:
+        full = np.flatnonzero(self._episodes.rows[envs] >= self.config.max_trajectory_steps)
+        if len(full):
+            last = {k: v[torch.from_numpy(full)] for k, v in observed.items()}
+            self._store(self._episodes.close(envs[full], last))
+        self._episodes.decide(envs, {**observed, "action": action}, chunk[:, : self.execute])
 
     def end(self) -> None:
         """Waits for the step and books it; finished episodes go to replay."""
@@ -163,39 +167,37 @@ class Collector:
         self._check("in the step of the environments", {"reward": result.reward, **arrived})
         self._obs = result.obs
         self.env_steps += self.env.num_envs * self.ranks.world
-        ended, lost = (result.terminated | result.truncated).tolist(), result.restarted.tolist()
-        reward, success = result.reward.tolist(), result.success.tolist()
-        for i, episode in enumerate(self._episodes):
-            if lost[i]:
-                self._drop(i)
-                continue
-            episode.book(reward[i], success[i])
-            if ended[i] or episode.undecided:
-                episode.finish_decision(result, i, self.execute)
-        finished = [i for i in range(self.env.num_envs) if ended[i] and not lost[i]]
-        if finished:
-            self._finish_episodes(finished, result)
+        flags = {name: getattr(result, name).cpu().numpy() for name in FLAGS}
+        lost, ended = result.restarted.cpu().numpy(), flags["terminated"] | flags["truncated"]
+        for env in np.flatnonzero(lost).tolist():
+            self._drop(env)
+        envs = np.flatnonzero(~lost)
+        self._episodes.book(envs, result.reward.cpu().numpy()[envs], flags["success"][envs])
+        decided = np.flatnonzero(~lost & (ended | self._episodes.undecided))
+        self._episodes.finish_decisions(decided, {k: v[decided] for k, v in flags.items()})
+        finished = np.flatnonzero(~lost & ended)
+        if len(finished):
+            self._finish_episodes(finished, result.final_obs, flags["success"])
 
     @torch.no_grad()
-    def _finish_episodes(self, finished: list[int], result: StepResult) -> None:
-        obs = {k: v[finished].to(self.device) for k, v in result.final_obs.items()}
-        features = self.policy.encode(obs)
-        for j, i in enumerate(finished):
-            episode = self._episodes[i]
-            self._store(episode.close(self._observation(obs, features, j)))
-            at_end = bool(result.success[i])
-            self.stats.add(episode.total, episode.once, at_end, episode.steps)
-            self._next_episode(i)
+    def _finish_episodes(self, envs: np.ndarray, final_obs: Obs, success: np.ndarray) -> None:
+        obs = {k: v[torch.from_numpy(envs)].to(self.device) for k, v in final_obs.items()}
+        self._store(self._episodes.close(envs, self._observations(obs, self.policy.encode(obs))))
+        totals, onces, steps = (
+            getattr(self._episodes, name)[envs].tolist() for name in ("totals", "onces", "steps")
+        )
+        for env, total, once, length in zip(envs.tolist(), totals, onces, steps, strict=True):
+            self.stats.add(total, once, bool(success[env]), length)
+            self._next_episode(env)
 
-    def _observation(self, obs: Obs, features: Features, j: int) -> Row:
-        row = {f"obs.{k}": v[j].cpu() for k, v in obs.items()}
-        if self.store_features:
-            row |= {k: v[j].cpu() for k, v in features.tensors().items()}
-        return row
+    def _observations(self, obs: Obs, features: Features) -> Rows:
+        rows = {f"obs.{k}": v for k, v in obs.items()}
+        return rows | features.tensors() if self.store_features else rows
 
-    def _store(self, trajectory: Trajectory) -> None:
-        self.replay.add(trajectory)
-        self.recent.append(trajectory)
+    def _store(self, trajectories: list[Trajectory]) -> None:
+        for trajectory in trajectories:
+            self.replay.add(trajectory)
+            self.recent.append(trajectory)
 
     def _check(self, when: str, tensors: dict[str, Tensor]) -> None:
         self.guard.check(when, self.env_steps, tensors, self._context)
@@ -225,7 +227,7 @@ class Collector:
             "stats": vars(self.stats),
             "recent": [t.fields for t in self.recent],
             "numbers": list(self._numbers),
-            "episodes": [e.state_dict() for e in self._episodes],
+            "episodes": self._episodes.state_dict(),
             "env": self._saved if self._obs is None else self.env.state_dict(),
         }
 
@@ -240,6 +242,6 @@ class Collector:
         self.stats = EpisodeStats(**state["stats"])
         self.recent = deque((Trajectory(fields) for fields in state["recent"]), maxlen=RECENT)
         self._numbers = list(state["numbers"])
-        for episode, saved in zip(self._episodes, state["episodes"], strict=True):
-            episode.load_state_dict(saved)
+        self._following = self._seeds(ahead=1)
+        self._episodes.load_state_dict(state["episodes"])
         self._saved = state["env"]

@@ -26,7 +26,7 @@ class EnvConfig:
     obs_mode: str = "state"  # ManiSkill: state | state_dict | rgb | rgbd | ...
     control_mode: str = "pd_ee_delta_pos"  # ManiSkill only
     reward_mode: str = "normalized_dense"  # ManiSkill: normalized_dense | dense | sparse
-    sim_backend: str = "physx_cpu"  # ManiSkill: physx_cpu (one process per env) | physx_cuda
+    sim_backend: str = "physx_cpu"  # ManiSkill: physx_cpu (a process each) | physx_cuda (a GPU)
     max_episode_steps: Optional[int] = None  # null: the task's own limit
     ignore_terminations: bool = True  # ManiSkill: reaching success does not end an episode
     # ManiSkill, observations of several entries (rgb, state_dict): those kept; empty: all
@@ -265,8 +265,9 @@ class TrainConfig:
     guard: bool = True  # stop at the first NaN or infinity and save the batch; false: train on
     threads: int = 1  # torch threads; the other cores step the environments
     # updates as compiled functions: auto (in runs of 20,000 updates and more) | always | never.
-    # Compiling takes half a minute; torch keeps the result for the next run with these sizes
+    # Compiling takes 20 s; torch keeps the result for the next run with these sizes
     compile: str = "auto"
+    cuda_graphs: bool = False  # on a GPU: each step of the learner recorded, then one launch
     # several processes: auto (ddp, or what accelerate launch was told) | ddp | fsdp | deepspeed;
     # the last two share out the optimiser's memory (docs/distributed.md)
     engine: str = "auto"

@@ -94,22 +94,21 @@ class Evaluator:
             self.env.send(actions, [first_seed + e for e in following])
             result = self.env.recv()
             obs = result.obs
+            rewards, successes = result.reward.tolist(), result.success.tolist()
+            ended, lost = (result.terminated | result.truncated).tolist(), result.restarted.tolist()
             for i in range(n):
-                lost = bool(result.restarted[i])
-                ended = bool(result.terminated[i] or result.truncated[i])
-                if not lost:
-                    totals[i] += float(result.reward[i])
-                    onces[i] |= bool(result.success[i])
+                if not lost[i]:
+                    totals[i] += rewards[i]
+                    onces[i] |= successes[i]
                     lengths[i] += 1
-                    if ended and episode[i] < self.episodes:
-                        done = (totals[i], onces[i], bool(result.success[i]), lengths[i])
-                        results[episode[i]] = done
+                    if ended[i] and episode[i] < self.episodes:
+                        results[episode[i]] = (totals[i], onces[i], successes[i], lengths[i])
                         if told is not None:
                             tasks[episode[i]] = int(told[i])
-                if lost or ended:
-                    if lost and i == 0:
+                if lost[i] or ended[i]:
+                    if lost[i] and i == 0:
                         frames.pop(episode[0], None)
-                    after = episode[i] if lost else next(numbers[i])
+                    after = episode[i] if lost[i] else next(numbers[i])
                     episode[i], following[i] = following[i], after
                     totals[i], onces[i], lengths[i], plans[i] = 0.0, False, 0, []
             told = obs.get(INSTRUCTION)

@@ -167,11 +167,11 @@ def make_policy(make_config, spec):
 def make_sac(make_config, make_policy):
     """The learner around `make_policy`; equal overrides give equal weights."""
 
-    def make(*overrides: str) -> SAC:
+    def make(*overrides: str, device: torch.device = CPU) -> SAC:
         config = make_config(*overrides)
         torch.manual_seed(0)
-        policy = make_policy(*overrides)
-        return build_sac(config, policy, build_q_head(config, policy, CPU), CPU)
+        policy = make_policy(*overrides).to(device)
+        return build_sac(config, policy, build_q_head(config, policy, device), device)
 
     return make
 

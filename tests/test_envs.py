@@ -256,7 +256,7 @@ def test_gymnasium_rescales_actions(make_config):
 
 BAD_MANISKILL = {
     "env.task=PickCub-v1": r"env\.task='PickCub-v1'.*Did you mean 'PickCube-v1'\?",
-    "env.sim_backend=physx_cuda": r"env\.sim_backend='physx_cuda'.*Allowed: physx_cpu",
+    "env.sim_backend=physx_cuda": r"simulates on a GPU, and device is cpu.*device=cuda",
     "env.control_mode=pd_ee_deltapos": r"control_mode=pd_ee_deltapos",
     "env.kwargs.no_such=1": r"no_such",
 }

@@ -18,7 +18,7 @@ LAYERS = (
     ("load_config",),
     ("interfaces",),
     ("schedules", "averaging", "manifest", "products"),
-    ("batch_renorm", "compiling"),
+    ("batch_renorm", "compiling", "cuda_graphs"),
     ("nn",),
     ("backbones", "actors", "q_heads", "replay", "formats", "envs", "distributed"),
     (
@@ -29,7 +29,7 @@ LAYERS = (
         "sac",
         "policy_folder",
         "policy",
-        "episode",
+        "episodes",
         "guard",
     ),
     (
@@ -78,9 +78,10 @@ SAC_MAY = {
     "temperature",
     "trained_backbone",
 }
+MANISKILL = {f"envs.maniskill{part}" for part in ("", "_task", "_poses", "_gpu")}
 CONFINED = {  # third-party module -> where alone it may be imported
-    "mani_skill": {"envs.maniskill", "envs.maniskill_poses"},
-    "sapien": {"envs.maniskill", "envs.maniskill_poses"},
+    "mani_skill": MANISKILL,
+    "sapien": MANISKILL,
     "accelerate": {"distributed"},
     "deepspeed": {"distributed"},
     "torch.distributed": {"distributed"},

@@ -107,7 +107,7 @@ def train(make_config):
 
 
 def in_progress(trainer: Trainer) -> bool:
-    return all(episode.steps for episode in trainer.collector._episodes)
+    return bool(trainer.collector._episodes.steps.all())
 
 
 def assert_same_run(straight: Trainer, resumed: Trainer) -> None:

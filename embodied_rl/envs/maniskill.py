@@ -7,21 +7,17 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import gymnasium as gym
-import mani_skill.envs  # noqa: F401 - registers the tasks
 import numpy as np
 import torch
 from mani_skill import logger
-from mani_skill.utils import assets
-from mani_skill.utils.registration import REGISTERED_ENVS
-from mani_skill.utils.structs import Actor
 
 from embodied_rl.config import EnvConfig
 from embodied_rl.envs import maniskill_poses
 from embodied_rl.envs.host import SingleEnv
+from embodied_rl.envs.maniskill_task import choose, hide, open_task, refusals, time_limit
 from embodied_rl.envs.mixture import MixtureEnv
 from embodied_rl.envs.worker import WorkerVecEnv
-from embodied_rl.errors import UserError, nearest
+from embodied_rl.errors import UserError
 from embodied_rl.interfaces import VecEnv
 from embodied_rl.types import ArraySpec, EnvSpec
 from embodied_rl.vulkan import check_render
@@ -37,7 +33,10 @@ def make_maniskill(config: EnvConfig, num_envs: int, device: torch.device) -> Ve
     Raises:
         UserError: an unknown task or mode, missing assets, or no usable Vulkan driver.
     """
-    del device
+    if config.sim_backend != "physx_cpu":
+        from embodied_rl.envs.maniskill_gpu import make_on_gpu  # here: workers need not have it
+
+        return make_on_gpu(config, num_envs, device)
     return start_workers(build_maniskill, config, num_envs)
 
 
@@ -54,19 +53,30 @@ def start_workers(
     """
     if config.sim_backend != "physx_cpu":
         raise UserError(
-            f"env.sim_backend={config.sim_backend!r} is not supported. Allowed: physx_cpu."
+            f"env.sim_backend={config.sim_backend}: experts act in simulators on the CPU alone. "
+            "Set env.sim_backend=physx_cpu."
         )
-    render = check_render()  # here, once: every worker would print the driver's own complaints
-    if not render.ok:
-        raise UserError(f"ManiSkill cannot start: {render.detail}. Cure: {render.cure}")
+    render_backend = usable_renderer()
     return WorkerVecEnv(
         build,
-        (config, render.backend),
+        (config, render_backend),
         num_envs,
         preload=(__name__,),
         timeout=config.worker_timeout,
         rebuild_every=rebuild_every,
     )
+
+
+def usable_renderer() -> str:
+    """What renders, "gpu" or "cpu"; asked once, or each worker would print a driver's complaints.
+
+    Raises:
+        UserError: there is no usable Vulkan driver.
+    """
+    render = check_render()
+    if not render.ok:
+        raise UserError(f"ManiSkill cannot start: {render.detail}. Cure: {render.cure}")
+    return render.backend
 
 
 def build_maniskill(
@@ -94,98 +104,21 @@ class ManiSkillEnv:
     def __init__(self, config: EnvConfig, render_backend: str = "cpu") -> None:
         logger.setLevel(logging.ERROR)  # its warnings on absent GPUs repeat in every worker
         maniskill_poses.install()
-        if config.task not in REGISTERED_ENVS:
-            raise UserError(
-                f"env.task={config.task!r} is not a ManiSkill task."
-                f"{nearest(config.task, REGISTERED_ENVS)} Tasks: "
-                f"{', '.join(sorted(REGISTERED_ENVS))}."
-            )
-        missing = _missing_assets(config.task)
-        if missing:
-            raise UserError(
-                f"env.task={config.task} needs the assets {', '.join(missing)}, which are not on "
-                "this machine. Fetch them: python -m mani_skill.utils.download_asset "
-                f"{config.task} -y"
-            )
-        self._name, self._keys, self._hidden = (
-            config.task,
-            list(config.obs_keys),
-            list(config.hidden_objects),
-        )
-        self._ignore_terminations = config.ignore_terminations
-        size = {"width": config.render_size, "height": config.render_size}
-        arguments: dict[str, Any] = {
-            "num_envs": 1,
-            "obs_mode": config.obs_mode,
-            "control_mode": config.control_mode,
-            "reward_mode": config.reward_mode,
-            "sim_backend": config.sim_backend,
-            "render_backend": render_backend,
-            "render_mode": "rgb_array",
-            "human_render_camera_configs": size,
-            **config.kwargs,
-        }
-        if config.max_episode_steps is not None:
-            arguments["max_episode_steps"] = config.max_episode_steps
-        try:
-            self._env = gym.make(config.task, **arguments)
+        self._config, self._ignore_terminations = config, config.ignore_terminations
+        with refusals(config):
+            self._env = open_task(config, 1, config.sim_backend, render_backend)
             self._sparse_cameras(config.render_every)
             obs = self._flat(self._env.reset(seed=0)[0])
-        except RuntimeError as error:
-            raise UserError(f"ManiSkill cannot build {config.task}: {error}") from None
-        except (AssertionError, KeyError, NotImplementedError, TypeError, ValueError) as error:
-            raise UserError(
-                f"ManiSkill refuses env.task={config.task} with obs_mode={config.obs_mode}, "
-                f"control_mode={config.control_mode}, reward_mode={config.reward_mode}, "
-                f"kwargs={config.kwargs}: {type(error).__name__}: {error}"
-            ) from None
         self.spec = EnvSpec(
             obs={k: ArraySpec(v.shape, torch.from_numpy(v).dtype) for k, v in obs.items()},
             action_dim=int(np.prod(self._env.action_space.shape)),  # type: ignore[arg-type]
-            max_episode_steps=config.max_episode_steps or self._time_limit(),
+            max_episode_steps=time_limit(config),
             name=config.task,
         )
 
-    def _time_limit(self) -> int:
-        limit = REGISTERED_ENVS[self._name].max_episode_steps
-        if limit is None:
-            raise UserError(
-                f"{self._name} has no time limit of its own: set env.max_episode_steps."
-            )
-        return int(limit)
-
     def _flat(self, obs: Any) -> dict[str, np.ndarray]:
-        """The chosen observations under dotted names.
-
-        Raises:
-            UserError: the task has no such observation.
-        """
-        flat = _flat(obs)
-        unknown = [key for key in self._keys if key not in flat]
-        if unknown:
-            raise UserError(
-                f"env.obs_keys: {self._name} has no observation {unknown[0]!r}."
-                f"{nearest(unknown[0], flat)} It has: {', '.join(flat)}."
-            )
-        return {key: flat[key] for key in self._keys} if self._keys else flat
-
-    def _hide(self) -> None:
-        """Hides what cameras in observations shall not see; a rebuilt scene has new objects.
-
-        Raises:
-            UserError: the task has no such object.
-        """
-        scene: Any = self._env.unwrapped
-        for name in self._hidden:
-            found = getattr(scene, name, None)
-            if not isinstance(found, Actor):
-                objects = sorted(k for k, v in vars(scene).items() if isinstance(v, Actor))
-                raise UserError(
-                    f"env.hidden_objects: {self._name} has no object {name!r}."
-                    f"{nearest(name, objects)} It has: {', '.join(objects)}."
-                )
-            if not any(found is hidden for hidden in scene._hidden_objects):
-                scene._hidden_objects.append(found)
+        """The chosen observations of the one environment under dotted names."""
+        return {name: _array(value) for name, value in choose(obs, self._config).items()}
 
     def position(self, name: str) -> np.ndarray:
         """Where an object of the task, or the tool centre `tcp`, is [3], in metres.
@@ -225,7 +158,7 @@ class ManiSkillEnv:
         """
         self._steps, self._draw = 0, False
         self._env.reset(seed=seed, options={"reconfigure": rebuild})
-        self._hide()
+        hide(self._env, self._config)
         self._env.unwrapped.scene.step()  # type: ignore[attr-defined]
         self._draw = True
         return self._flat(self._env.reset(seed=seed)[0])
@@ -253,23 +186,7 @@ class ManiSkillEnv:
         self._env.close()
 
 
-def _missing_assets(task: str) -> list[str]:
-    """Asset ids that the task needs and this machine lacks; ManiSkill itself would prompt."""
-    ids: list[str] = []
-    for asset in REGISTERED_ENVS[task].asset_download_ids or []:
-        grouped = asset in assets.DATA_GROUPS
-        ids += (
-            assets.expand_data_group_into_individual_data_source_ids(asset) if grouped else [asset]
-        )
-    return [i for i in ids if not assets.is_data_source_downloaded(i)]
-
-
-def _flat(obs: Any, prefix: str = "") -> dict[str, np.ndarray]:
-    """Nested observations with a leading axis of 1 to flat numpy arrays."""
-    if isinstance(obs, dict):
-        out: dict[str, np.ndarray] = {}
-        for key, value in obs.items():
-            out.update(_flat(value, f"{prefix}.{key}" if prefix else key))
-        return out
-    array = obs.cpu().numpy() if isinstance(obs, torch.Tensor) else np.asarray(obs)
-    return {prefix or "state": np.asarray(array[0])}  # a scalar stays an array
+def _array(value: Any) -> np.ndarray:
+    """The only row of an observation; a scalar stays an array."""
+    array = value.cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    return np.asarray(array[0])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from embodied_rl.types import Batch, EnvSpec, Obs, StepResult, Trajectory
@@ -55,10 +56,17 @@ class ReplayBuffer(ABC):
 
 
 class VecEnv(ABC):
-    """N environments stepped together, with autoreset."""
+    """N environments stepped together, with autoreset.
+
+    Attributes:
+        num_envs: N.
+        spec: what they are like.
+        device: where observations and results are, and actions are wanted.
+    """
 
     num_envs: int
     spec: EnvSpec
+    device: torch.device = torch.device("cpu")
 
     @abstractmethod
     def reset(self, seeds: Sequence[int]) -> Obs:
