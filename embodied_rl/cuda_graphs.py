@@ -34,6 +34,10 @@ class Graphed(Generic[Result]):
 
     def __call__(self, *args: Any) -> Result:
         """Calls the function, or replays it."""
+        with torch.cuda.device(tensors_of(args)[0].device):  # streams are the present device's
+            return self._call(args)
+
+    def _call(self, args: tuple[Any, ...]) -> Result:
         if self._graph is None and self._calls < WARM_UP:
             self._calls += 1
             return self._aside(args)
@@ -58,7 +62,8 @@ class Graphed(Generic[Result]):
         kept = mapped(args, Tensor.clone)
         self._inputs = tensors_of(kept)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # a thread that reads batches ahead may use the GPU meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._result = self._function(*kept)
         self._graph = graph
 

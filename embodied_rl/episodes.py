@@ -12,7 +12,7 @@ from embodied_rl.types import Trajectory
 
 Rows = dict[str, Tensor]  # by field; the first axis is what the function says
 FLAGS = ("terminated", "truncated", "success")
-FIRST = 64  # decisions that there is room for at first
+FIRST = 8  # decisions that there is room for at first
 
 
 class Episodes:
@@ -66,7 +66,8 @@ class Episodes:
         self._reserve(int(self.rows[envs].max()) + 2)  # one more for the observation at the end
         self._write(envs, chosen)
         if self._plan is None:
-            self._plan = torch.zeros(len(self), *plan.shape[1:], device=self._home)
+            shape = (len(self), *plan.shape[1:])
+            self._plan = torch.zeros(shape, dtype=plan.dtype, device=self._home)
         self._plan[torch.from_numpy(envs)] = plan.to(self._home)
         self._left[envs] = self._execute
         self._outcomes["reward"].numpy()[envs, self.rows[envs]] = 0
@@ -153,7 +154,7 @@ class Episodes:
         if left:
             assert self._plan is not None
             state["decision"] = {k: v[env, rows].clone() for k, v in self._decisions.items()}
-            state["plan"] = self._plan[env].clone()
+            state["plan"] = self._plan[env, -left:].clone()
             rewards = self._outcomes["reward"][env, rows, : self._execute - left]
             state["rewards"] = rewards.tolist()
         return state
@@ -165,21 +166,21 @@ class Episodes:
             self._load(np.array([env]), saved)
 
     def _load(self, env: np.ndarray, saved: dict[str, Any]) -> None:
-        rows = saved["rows"]
+        rows, decision = saved["rows"], saved["decision"]
         count = len(next(iter(rows.values()), ()))
         self._reserve(count + 1)
-        for row in range(count):
-            self.rows[env] = row
-            fields = {k: v[row] for k, v in rows.items() if k not in self._outcomes}
-            self._write(env, {k: v[None] for k, v in fields.items()})
         for name, table in self._outcomes.items():
             if count:
                 table[env, :count] = rows[name]
+        decided = {k: v for k, v in rows.items() if k not in self._outcomes}
+        for row, fields in enumerate(zip(*decided.values(), strict=True)):
+            self.rows[env] = row
+            self._write(env, {k: v[None] for k, v in zip(decided, fields, strict=True)})
         self.rows[env] = count
-        if saved["plan"] is not None:
-            decision = {k: v[None] for k, v in saved["decision"].items()}
-            self.decide(env, decision, saved["plan"][None])
-            taken = len(saved["rewards"])
+        if decision is not None:
+            left, taken = saved["plan"], len(saved["rewards"])
+            plan = torch.cat([left.new_zeros(taken, *left.shape[1:]), left])
+            self.decide(env, {k: v[None] for k, v in decision.items()}, plan[None])
             self._outcomes["reward"][env, count, :taken] = torch.tensor(saved["rewards"])
             self._left[env] -= taken
         self.steps[env], self.totals[env] = saved["steps"], saved["total"]

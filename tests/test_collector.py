@@ -235,6 +235,8 @@ def test_episodes_in_progress_go_on(make_collector, scripted, to_origin, before)
     straight.start()
     advance(straight, before)
     state, done = straight.state_dict(), len(expected.trajectories)
+    left = [0 if e["plan"] is None else len(e["plan"]) for e in state["episodes"]]
+    assert left == [e["steps"] % 2 for e in state["episodes"]], "what is left: checkpoint.VERSION 4"
     resumed, found = make_collector(policy, **settings, features=True)
     resumed.load_state_dict(state)
     assert resumed.start() == 0 and resumed.dropped == 0

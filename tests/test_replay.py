@@ -85,7 +85,8 @@ def same_batch(a: Batch, b: Batch) -> bool:
         lambda x: x.discount,
         lambda x: x.is_demo,
     )
-    return all(torch.equal(p(a), p(b)) for p in pick)
+    # strides too: a compiled update is made for one layout, and asks no more
+    return all(torch.equal(p(a), p(b)) and p(a).stride() == p(b).stride() for p in pick)
 
 
 # ---------------------------------------------------------------- sampling

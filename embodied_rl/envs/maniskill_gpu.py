@@ -34,7 +34,10 @@ def make_on_gpu(config: EnvConfig, num_envs: int, device: torch.device) -> VecEn
             f"env.sim_backend={config.sim_backend} simulates on a GPU, and device is {device}. "
             "Set device=cuda, or env.sim_backend=physx_cpu."
         )
-    return ManiSkillVecEnv(config, num_envs, f"physx_cuda:{device.index or 0}", usable_renderer())
+    renderer, gpu = usable_renderer(), device.index or 0
+    # cameras read poses where the physics left them
+    where = f"cuda:{gpu}" if renderer == "gpu" else renderer
+    return ManiSkillVecEnv(config, num_envs, f"physx_cuda:{gpu}", where)
 
 
 class ManiSkillVecEnv(VecEnv):
@@ -44,12 +47,14 @@ class ManiSkillVecEnv(VecEnv):
 
     - ManiSkill draws the first states of all episodes that begin in the same step from one
       generator, so an episode is determined by the seeds of all that begin with it.
+    - The scene is built once, from the seeds of the first reset: in tasks whose objects differ
+      from scene to scene, environment i keeps its own.
     - Physics on a GPU is not deterministic, so resuming puts positions and velocities back as they
       were saved instead of living through the episode again. Episodes that then look different
-      (beyond 1e-3) are dropped.
+      (numbers beyond 1e-3; images are not compared) are dropped.
     - An observation of contacts, such as whether something is grasped, may still be the previous
-      episode's at the first step of an episode: ManiSkill computes contacts in steps, and here a
-      step would move the other environments.
+      episode's at the first step of an episode that begins while others go on: ManiSkill computes
+      contacts in steps, and a step would move the others.
 
     Args:
         config: task, modes and keyword arguments.
@@ -75,21 +80,25 @@ class ManiSkillVecEnv(VecEnv):
                 )
         logger.setLevel(logging.ERROR)
         self.num_envs, self._config = num_envs, config
+        seeds = list(range(num_envs))
         with refusals(config):
             self._env: Any = open_task(config, num_envs, sim_backend, render_backend)
-            hide(self._env, config)
             self._task: Any = self._env.unwrapped
+            if num_envs > 1 and self._task.reconfiguration_freq > 0:
+                raise UserError(
+                    "env.kwargs.reconfiguration_freq: environments on a GPU share a scene"
+                )
             self.device = torch.zeros(0, device=self._task.device).device  # with its index
-            obs = self._observe(self._env.reset(seed=list(range(num_envs)))[0])
-        action = self._task.single_action_space
+            obs = self._start(seeds, rebuild=False)
         self.spec = EnvSpec(
             obs={k: ArraySpec(tuple(v.shape[1:]), v.dtype) for k, v in obs.items()},
-            action_dim=int(np.prod(action.shape)),
+            action_dim=int(np.prod(self._task.single_action_space.shape)),
             max_episode_steps=time_limit(config),
             name=config.task,
         )
-        self._seeds = list(range(num_envs))  # of the present episodes
-        self._following: list[int] = []  # of those after them
+        self._seeds = seeds  # of the present episodes
+        self._built: list[int] | None = None  # seeds of the scene
+        self._following: list[int] = []  # seeds of the episodes after the present ones
         self._actions: Tensor | None = None
         self._shown = obs
 
@@ -97,51 +106,95 @@ class ManiSkillVecEnv(VecEnv):
         """Copies, as the simulator goes on writing to its own."""
         return {k: torch.as_tensor(v).clone() for k, v in choose(obs, self._config).items()}
 
+    def _start(self, seeds: list[int], *, rebuild: bool) -> Obs:
+        """Starts all episodes; the step in between makes ManiSkill forget the contacts it had."""
+        self._env.reset(seed=seeds, options={"reconfigure": rebuild})
+        hide(self._env, self._config)
+        self._task.scene.step()
+        return self._observe(self._env.reset(seed=seeds)[0])
+
     @torch.no_grad()
     def reset(self, seeds: Sequence[int]) -> Obs:
-        """Starts a new episode in every environment, after a step so that no contact is old."""
+        """Starts a new episode in every environment; the first time it builds the scene."""
         self._seeds = [int(seed) for seed in seeds]
-        self._env.reset(seed=self._seeds)
-        self._task.scene.step()
-        self._shown = self._observe(self._env.reset(seed=self._seeds)[0])
+        rebuild = self._built is None
+        self._built = self._built or self._seeds
+        self._shown = self._start(self._seeds, rebuild=rebuild)
         return self._shown
 
     def _begin(self, which: Tensor, seeds: Sequence[int]) -> Obs:
         """Starts the next episode of some environments; returns all observations."""
         for env in which.tolist():
             self._seeds[env] = int(seeds[env])
+        if len(which) == self.num_envs:
+            return self._start(self._seeds, rebuild=False)
         told = list(self._seeds)
         told[0] = told[int(which[0])]  # what ManiSkill seeds its generator with
-        return self._observe(self._env.reset(seed=told, options={"env_idx": which})[0])
+        agent = self._task.agent
+        before = _copied(agent.get_controller_state(), self.device)
+        obs = self._env.reset(seed=told, options={"env_idx": which})[0]
+        # ManiSkill resets the targets of all controllers
+        agent.set_controller_state(_merged(before, agent.get_controller_state(), which))
+        return self._observe(obs)
 
     def state_dict(self) -> dict[str, Any]:
-        """Positions and velocities of everything, the controllers' targets, and what is shown."""
+        """Positions, velocities, targets, the task's own tensors, and what is shown."""
         return {
             "seeds": list(self._seeds),
-            "simulator": _tensors(self._task.get_state_dict()),
-            "elapsed": self._task.elapsed_steps.clone(),
+            "built": list(self._built or self._seeds),
+            "simulator": _copied(self._task.get_state_dict(), self.device),
+            "driven": {k: v.drive_targets.clone() for k, v in self._driven().items()},
+            "task": {name: value.clone() for name, value in self._own().items()},
             "shown": self._shown,
         }
 
+    def _driven(self) -> dict[str, Any]:
+        """Articulations by name; merged ones are of several kinds, and no robots."""
+        found = self._task.scene.articulations
+        return {name: a for name, a in found.items() if not a.merged and a.active_joints}
+
+    def _own(self) -> dict[str, Tensor]:
+        """Tensors that the task itself keeps for each environment: steps, stages, goals."""
+        kept = {k: v for k, v in vars(self._task).items() if isinstance(v, Tensor) and v.dim()}
+        return {name: value for name, value in kept.items() if len(value) == self.num_envs}
+
     @torch.no_grad()
     def resume(self, state: dict[str, Any], next_seeds: Sequence[int]) -> tuple[Obs, Tensor]:
-        """Puts everything back where it was."""
+        """Puts everything back where it was.
+
+        Raises:
+            UserError: the state is of environments in processes of their own.
+        """
+        if "simulator" not in state:
+            raise UserError(
+                "the checkpoint was written with env.sim_backend=physx_cpu, whose episodes a GPU "
+                "cannot go on with. Resume with env.sim_backend=physx_cpu, or begin a new run from "
+                "the checkpoint's policy: policy.path=RUN."
+            )
         self._seeds = [int(seed) for seed in state["seeds"]]
+        if self._built != state["built"]:
+            self._built = list(state["built"])
+            self._start(self._built, rebuild=True)
         self._env.reset(seed=self._seeds)
-        simulator = _moved(state["simulator"], self.device)
-        self._put(simulator)
+        self._put(state)
         self._task.scene.step()  # computes the contacts; the second time takes the step back
-        self._put(simulator)
-        self._task._elapsed_steps[:] = state["elapsed"].to(self.device)
+        self._put(state)
+        for name, value in self._own().items():
+            if name in state["task"]:
+                value.copy_(state["task"][name])
         shown = self._observe(self._task.get_obs(self._task.get_info()))
-        restarted = ~_close(shown, _moved(state["shown"], self.device))
+        restarted = ~_close(shown, _copied(state["shown"], self.device))
         if restarted.any():
             shown = self._begin(restarted.nonzero().flatten(), next_seeds)
         self._shown = shown
         return shown, restarted
 
-    def _put(self, simulator: dict[str, Any]) -> None:
-        """Sets positions and velocities, and the controllers' targets, where they have any."""
+    def _put(self, state: dict[str, Any]) -> None:
+        """Sets positions, velocities, what joints are driven to, and the controllers' targets."""
+        for name, articulation in self._driven().items():
+            targets = state["driven"][name].to(self.device)
+            articulation.set_joint_drive_targets(targets, joints=articulation.active_joints)
+        simulator = _copied(state["simulator"], self.device)
         self._task.set_state_dict(simulator)
         if "controller" in simulator:
             self._task.agent.set_controller_state(simulator["controller"])
@@ -175,23 +228,29 @@ class ManiSkillVecEnv(VecEnv):
         self._env.close()
 
 
-def _tensors(state: Any) -> Any:
+def _copied(state: Any, device: torch.device) -> Any:
     """Copies of nested tensors, without what holds none."""
     if isinstance(state, dict):
-        return {k: _tensors(v) for k, v in state.items() if v is not None and v != {}}
-    return state.clone()
+        return {k: _copied(v, device) for k, v in state.items() if v is not None and v != {}}
+    return state.to(device, copy=True)
 
 
-def _moved(state: Any, device: torch.device) -> Any:
-    if isinstance(state, dict):
-        return {k: _moved(v, device) for k, v in state.items()}
-    return state.to(device)
+def _merged(before: Any, after: Any, which: Tensor) -> Any:
+    """`before`, but for some environments `after`."""
+    if isinstance(before, dict):
+        return {key: _merged(value, after[key], which) for key, value in before.items()}
+    before[which] = after[which]
+    return before
 
 
 def _close(reached: Obs, recorded: Obs) -> Tensor:
-    """[N] whether an environment's observations agree."""
-    agree = []
+    """[N] whether an environment's observations agree; a camera may see a pixel otherwise."""
+    first = next(iter(recorded.values()))
+    agree = [torch.ones(len(first), dtype=torch.bool, device=first.device)]
     for key, value in recorded.items():
-        near = torch.isclose(reached[key].double(), value.double(), rtol=TOLERANCE, atol=TOLERANCE)
-        agree.append(near.flatten(1).all(1))
+        if value.is_floating_point() or value.dtype == torch.bool:
+            near = torch.isclose(
+                reached[key].double(), value.double(), rtol=TOLERANCE, atol=TOLERANCE
+            )
+            agree.append(near.reshape(len(near), -1).all(1))
     return torch.stack(agree).all(0)

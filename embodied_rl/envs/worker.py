@@ -99,7 +99,17 @@ class WorkerVecEnv(VecEnv):
         return {"past": [_pack(past) for past in self._past], "shown": self._shown}
 
     def resume(self, state: dict[str, Any], next_seeds: Sequence[int]) -> tuple[Obs, Tensor]:
-        """Takes all steps again; a second more patience for each."""
+        """Takes all steps again; a second more patience for each.
+
+        Raises:
+            UserError: the state is of environments on a GPU.
+        """
+        if "past" not in state:
+            raise UserError(
+                "the checkpoint was written with env.sim_backend=physx_cuda, whose episodes cannot "
+                "be lived through again. Resume with env.sim_backend=physx_cuda, or begin a new "
+                "run from the checkpoint's policy: policy.path=RUN."
+            )
         self._past = [_unpack(packed) for packed in state["past"]]
         self._shown = self._begin(list(range(self.num_envs)))
         different = [i for i in range(self.num_envs) if not _same(self._shown, state["shown"], i)]

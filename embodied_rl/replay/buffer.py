@@ -140,7 +140,7 @@ class TrajectoryReplay(ReplayBuffer):
         for name, value in rows.items():
             into, key = (after, name[5:]) if name.startswith("next.") else (here, name)
             if value.device != self.device:
-                source = value.pin_memory() if pin else value
+                source = value.pin_memory() if pin and value.device.type == "cpu" else value
                 value = source.to(self.device, non_blocking=pin)
             into[key] = value
         demo = torch.full((len(here["reward"]),), self.is_demo, device=self.device)

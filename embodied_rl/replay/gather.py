@@ -86,7 +86,8 @@ class TransitionReader:
         here = both[:count]
         if self.config.n_step > 1:  # else it is the next row
             both[count:] = here + fields["ahead"].index_select(0, here)
-        reward, discount = _take(fields[OUTCOME], here).unbind(1)
+        # memory of their own, as from disk: compiled updates are made for one layout
+        reward, discount = _take(fields[OUTCOME], here).t().contiguous().unbind(0)
         out = {"action": _take(fields["action"], here), "reward": reward, "discount": discount}
         for name in self._observation_names:
             value = _take(fields[name], both)
