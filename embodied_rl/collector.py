@@ -15,7 +15,7 @@ from embodied_rl.episodes import FLAGS, Episodes, Rows
 from embodied_rl.guard import Guard
 from embodied_rl.interfaces import TrajectorySink, VecEnv
 from embodied_rl.policy import Policy
-from embodied_rl.types import EpisodeStats, Features, Obs, Trajectory
+from embodied_rl.types import EpisodeStats, Features, Obs, StepResult, Trajectory
 
 RECENT = 8  # finished trajectories kept at hand
 TRAIN_SEEDS = 2**30  # training episodes take seeds from here up, evaluations below
@@ -88,6 +88,7 @@ class Collector:
         self._following = self._seeds(ahead=1)  # seeds of the episodes after the present ones
         self._episodes = Episodes(env.num_envs, self.execute, env.device)
         self._obs: Obs | None = None  # what to act on next
+        self._arrived: StepResult | None = None  # the step that waits to be booked
         self._saved: dict[str, Any] | None = None  # state of the environments to go back to
 
     def start(self) -> int:
@@ -159,9 +160,16 @@ class Collector:
             self._store(self._episodes.close(envs[full], last))
         self._episodes.decide(envs, {**observed, "action": action}, chunk[:, : self.execute])
 
+    def wait(self) -> None:
+        """Waits for the step; `end` then has nothing to wait for."""
+        self._arrived = self.env.recv()
+
     def end(self) -> None:
         """Waits for the step and books it; finished episodes go to replay."""
-        result = self.env.recv()
+        if self._arrived is None:
+            self.wait()
+        result, self._arrived = self._arrived, None
+        assert result is not None
         arrived = {f"obs.{k}": v for k, v in result.obs.items()}
         arrived |= {f"final_obs.{k}": v for k, v in result.final_obs.items()}
         self._check("in the step of the environments", {"reward": result.reward, **arrived})

@@ -107,6 +107,9 @@ class RemoteCollector:
         """Starts one step: the process has done so already."""
         self._waits.begin()
 
+    def wait(self) -> None:
+        """Nothing to wait for: `validate` lets the process run beside learning alone."""
+
     def end(self) -> None:
         """Books the next step, waiting for it; finished episodes go to replay."""
         asked = time.monotonic()

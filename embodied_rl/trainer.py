@@ -228,12 +228,15 @@ class Trainer:
     def _iterate(self) -> None:
         """Steps every environment `rollout.steps` times, with `update_epoch` updates in between.
 
-        Updates run while the workers simulate; they see the replay as it was before that step.
+        Updates run while the workers simulate, or after; they see the replay as it was before that
+        step.
         """
         steps, updates = self.config.rollout.steps, self.config.algorithm.update_epoch
         started = time.monotonic()
         for s in range(steps):
             self.collector.begin()
+            if not self.config.rollout.overlap:
+                self.collector.wait()
             if self.ranks.all(self.replay.ready):
                 for _ in range((s + 1) * updates // steps - s * updates // steps):
                     self._update()

@@ -184,6 +184,11 @@ def _check_together(config: Config) -> None:
                 f"rollout.{key}={value} is for a collecting process of its own, but "
                 f"rollout.asynchronous=false. Set rollout.asynchronous=true, or drop rollout.{key}."
             )
+    if rollout.asynchronous and not rollout.overlap:
+        raise UserError(
+            "rollout.asynchronous=true collects while this process learns, which rollout.overlap="
+            "false forbids. Drop one of the two."
+        )
     if algorithm.demo.path is not None and algorithm.demo.fraction == 0:
         raise UserError(
             "algorithm.demo.path is set but algorithm.demo.fraction=0 would never read it. "

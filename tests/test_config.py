@@ -319,6 +319,7 @@ def test_wrong_type_names_the_key(override):
             ["eval.seed=100", "eval.final_seed=150", "eval.episodes=51"],
         ),
         (["rollout.ahead=3"], ["rollout.ahead=3", "rollout.asynchronous=false"]),
+        (["rollout.asynchronous=true", "rollout.overlap=false"], ["rollout.overlap=false"]),
         (
             ["rollout.asynchronous=false", "rollout.device=cpu"],
             ["rollout.device=cpu", "rollout.asynchronous=false"],

@@ -14,8 +14,10 @@ from conftest import TINY
 
 from embodied_rl.builders import build_env, build_policy
 from embodied_rl.checkpoint import Checkpoints
+from embodied_rl.envs.fake import FakeVecEnv
 from embodied_rl.guard import batch_tensors
 from embodied_rl.metrics import read_records
+from embodied_rl.sac import SAC
 from embodied_rl.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,6 +144,31 @@ def test_resume_is_exact(make_config, train, tmp_path, head, env, odd):
     resumed = train(tmp_path / "resumed", config, resume=True)
     assert resumed.collector.dropped == 0
     assert_same_run(straight, resumed)
+
+
+@pytest.mark.unit
+def test_updates_after_the_simulators_change_nothing(make_config, train, tmp_path, monkeypatch):
+    """`rollout.overlap` decides who works when, and neither what is seen nor what is learned."""
+    calls: list[str] = []
+    for name, owner in (("send", FakeVecEnv), ("recv", FakeVecEnv), ("update", SAC)):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, noted(calls, name, real))
+    runs = []
+    for overlap in (True, False):
+        calls.clear()
+        config = make_config(*SMALL, f"rollout.overlap={overlap}")
+        runs.append(train(tmp_path / str(overlap), config))
+        before = {a for a, b in zip(calls, calls[1:], strict=False) if b == "update"}
+        assert before - {"update"} == {"send" if overlap else "recv"}
+    assert_same_run(*runs)
+
+
+def noted(calls, name, real):
+    def call(*args, **kwargs):
+        calls.append(name)
+        return real(*args, **kwargs)
+
+    return call
 
 
 EXTRAS = {
