@@ -3,6 +3,8 @@
     pip install -e '.[dev]'
     python benchmarks/end_to_end.py                      # HalfCheetah-v5 and PickCube-v1, CrossQ
     python benchmarks/end_to_end.py --algo sac --envs 1
+    python benchmarks/end_to_end.py --tasks PickCube-v1 --envs 4 \\
+        --also "rollout.overlap=false train.threads=2"   # a variant of ours in the same turns
 
 Everything that a run does for a step is counted: the policy, the simulator, replay, the update and
 what is recorded; no evaluations and checkpoints. Networks, batch, policy delay and updates per
@@ -154,10 +156,12 @@ def peer(case: argparse.Namespace) -> Step:
 def measure(case: argparse.Namespace) -> dict[str, list[float]]:
     """Rates of all implementations on one task, by turns."""
     workers = []
-    for name in case.implementations:
+    variants = [(name, "") for name in case.implementations] + [("ours", w) for w in case.also]
+    for name, words in variants:
         command = [sys.executable, __file__, "--worker", name, "--task", case.task]
-        command += ["--algo", case.algo, "--envs", str(case.envs), *case.words]
-        workers.append(Worker(name, command, case.seconds, quantum=case.envs))
+        command += ["--algo", case.algo, "--envs", str(case.envs), *words.split()]
+        label = f"{name}, {words}" if words else name
+        workers.append(Worker(label, command, case.seconds, quantum=case.envs))
     return by_turns(workers, case.rounds)
 
 
@@ -173,7 +177,7 @@ def main() -> None:
     parser.add_argument("--implementations", nargs="+", default=names, choices=names)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=8.0, help="of a round, about")
-    parser.add_argument("--words", nargs="*", default=[], help="config overrides for ours")
+    parser.add_argument("--also", nargs="*", default=[], help="overrides for one more of ours each")
     parser.add_argument("--out", type=Path, default=Path("runs/end_to_end.json"))
     args = parser.parse_args()
     found = []
