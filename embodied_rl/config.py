@@ -267,7 +267,7 @@ class TrainConfig:
     diagnostics: bool = True  # Q bias, dormant units, clip fractions, weight norms per record
     guard: bool = True  # stop at the first NaN or infinity and save the batch; false: train on
     threads: int = 1  # torch threads; the other cores step the environments
-    # updates as compiled functions (20 s, kept by torch): auto (from 20,000 updates) | always | never
+    # compiled updates (20 s, kept by torch): auto (from 20,000 updates) | always | never
     compile: str = "auto"
     cuda_graphs: bool = False  # on a GPU: each step of the learner recorded, then one launch
     # several processes: auto (ddp, or what accelerate launch was told) | ddp | fsdp | deepspeed;
