@@ -34,7 +34,7 @@ class Update:
 class Guard:
     """Checks numbers where they enter the run and where they leave the losses.
 
-    Observations, rewards and actions are checked as they come, on the CPU. Losses and gradient
+    Observations, rewards and actions are checked as they come, where they are. Losses and gradient
     norms stay on the device: they are read every 8 updates and at the end of each iteration, in
     one transfer, so every log, evaluation and checkpoint stands behind a check.
 
