@@ -209,8 +209,12 @@ class TestManiSkill:
             if opened is not None:
                 opened.close()
 
-    def test_sparse_cameras(self, env):
-        """Frames at every third step and the last are those that would have been drawn anyway."""
+    @pytest.mark.parametrize("solved", [False, True])
+    def test_sparse_cameras(self, env, solved):
+        """Frames at every third step and the last are those that would have been drawn anyway.
+
+        A task that is solved, and goes on, draws no more of them.
+        """
         from embodied_rl.envs.maniskill import build_maniskill
 
         limit = 7
@@ -219,9 +223,14 @@ class TestManiSkill:
         for config in (every, dataclasses.replace(every, render_every=3)):
             opened = build_maniskill(config)
             frames = [opened.reset(1, rebuild=True)[RGB]]
+            if solved:
+                task = opened.env._env.unwrapped
+                task.obj.set_pose(task.goal_region.pose)
             for _ in range(limit):
-                obs, _, _, done, _ = opened.step(np.array([0.5, 0.2, -0.3, 1], np.float32))
+                action = np.array([0.5, 0.2, 0.3, 1], np.float32)
+                obs, _, ended, done, success = opened.step(action)
                 frames.append(obs[RGB])
+                assert success == solved and not ended
             assert done
             opened.close()
             runs.append(frames)

@@ -169,11 +169,11 @@ class ManiSkillEnv:
         self._steps += 1
         self._draw = self._steps % self._every == 0
         obs, reward, terminated, truncated, info = self._env.step(action)
-        if (terminated or truncated) and not self._draw:
+        ended = bool(terminated) and not self._ignore_terminations
+        if (ended or truncated) and not self._draw:  # a task once solved stays terminated
             self._draw = True
             obs = self._env.unwrapped.get_obs(info)  # type: ignore[attr-defined]
         success = bool(info["success"]) if "success" in info else False
-        ended = bool(terminated) and not self._ignore_terminations
         return self._flat(obs), float(reward), ended, bool(truncated), success
 
     def render(self) -> np.ndarray:
