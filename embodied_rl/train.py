@@ -58,8 +58,8 @@ def main(args: list[str]) -> int:
     deal = elastic.deal(run_dir, ranks, config.seed) if resume else None
     torch.manual_seed(config.seed)  # the same networks everywhere
     device = builders.build_device(device_name)
-    for key in without_effect(config, given) if first else []:
-        print(f"note: {key} has no effect with q_head_type={config.algorithm.q_head_type}")
+    for key, choice in without_effect(config, given).items() if first else ():
+        print(f"note: {key} has no effect with {choice}")
     if config.policy.path is not None:
         find_policy(config.policy.path)  # fails early, before simulators start
     _, why_no_demos = demo_folder(config)
@@ -134,14 +134,20 @@ def _new_name(config: Config) -> str:
     return f"runs/{task}_{head}_s{config.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def without_effect(config: Config, given: set[str]) -> list[str]:
-    """Keys among those `given` that the chosen Q head has no use for."""
-    from embodied_rl.registry import Q_HEADS
+def without_effect(config: Config, given: set[str]) -> dict[str, str]:
+    """Keys among those `given` that have no effect, and with which choice of Q head or actor."""
+    from embodied_rl.registry import ACTORS, Q_HEADS
 
-    unused = given & set(Q_HEADS.get(config.algorithm.q_head_type).unused_keys)
+    head, actor = config.algorithm.q_head_type, config.actor.type
+    unused = given & set(Q_HEADS.get(head).unused_keys)
     if config.actor.batch_renorm:  # the actor's own layers read these
         unused = {key for key in unused if not key.startswith("critic.batch_renorm.")}
-    return sorted(unused)
+    others = {key for name in ACTORS.names for key in ACTORS.get(name).config_keys}
+    others -= set(ACTORS.get(actor).config_keys)
+    return {
+        **dict.fromkeys(sorted(unused), f"q_head_type={head}"),
+        **dict.fromkeys(sorted(given & others), f"actor.type={actor}"),
+    }
 
 
 def _announce(

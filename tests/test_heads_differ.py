@@ -147,9 +147,25 @@ def test_updates_diverge_from_the_same_start(make_config, make_policy, make_batc
 def test_keys_without_effect(make_config):
     """The default head ignores renormalisation keys, unless the actor has such layers."""
     given = {"algorithm.tau", "critic.batch_renorm.momentum", "critic.hidden"}
+    crossq, default = "q_head_type=crossq", "q_head_type=default"
     for overrides, expected in (
-        (("algorithm.q_head_type=crossq",), ["algorithm.tau"]),
-        (("algorithm.q_head_type=default",), ["critic.batch_renorm.momentum"]),
-        (("algorithm.q_head_type=default", "actor.batch_renorm=true"), []),
+        ((f"algorithm.{crossq}",), {"algorithm.tau": crossq}),
+        ((f"algorithm.{default}",), {"critic.batch_renorm.momentum": default}),
+        ((f"algorithm.{default}", "actor.batch_renorm=true"), {}),
     ):
         assert without_effect(make_config(*overrides), given) == expected
+
+
+@pytest.mark.parametrize(
+    ("actor", "unused"),
+    [
+        ("gaussian", ["candidates", "noise_bound"]),
+        ("residual", ["noise_bound"]),
+        ("noise", ["candidates", "initial_std"]),
+    ],
+)
+def test_keys_of_other_actors_without_effect(make_config, actor, unused):
+    names = ("candidates", "hidden", "initial_std", "noise_bound")
+    config = make_config("algorithm.q_head_type=crossq", f"actor.type={actor}")
+    found = without_effect(config, {f"actor.{name}" for name in names})
+    assert found == {f"actor.{name}": f"actor.type={actor}" for name in unused}

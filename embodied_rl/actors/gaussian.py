@@ -31,6 +31,8 @@ class GaussianActor(ActorAdapter):
         renorm: Batch Renormalisation settings; None for none.
     """
 
+    config_keys = ("actor.initial_std",)
+
     def __init__(
         self,
         feature_dim: int,

@@ -36,6 +36,7 @@ class NoiseActor(ActorAdapter):
 
     base_samples = 0
     acts_as_demonstrated = False
+    config_keys = ("actor.noise_bound", "actor.noise_std")
 
     def __init__(
         self,

@@ -37,6 +37,13 @@ class ResidualActor(ActorAdapter):
         renorm: Batch Renormalisation settings; None for none.
     """
 
+    config_keys = (
+        "actor.initial_std",
+        "actor.residual_scale",
+        "actor.residual_ramp_steps",
+        "actor.candidates",
+    )
+
     def __init__(
         self,
         feature_dim: int,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -30,8 +30,10 @@ class ActorAdapter(nn.Module, ABC):
         acts_as_demonstrated: whether its actions are those of the environment, so that the critic
             can learn from demonstrations.
         judge: Q [B] of features [B, D] and actions: for adapters that choose among several.
+        config_keys: those it reads and not all adapters do; typed beside another, a run says so.
     """
 
+    config_keys: ClassVar[tuple[str, ...]] = ()
     base_samples: int = 1
     action_shape: tuple[int, int]
     acts_as_demonstrated: bool = True
