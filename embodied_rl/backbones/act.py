@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,15 @@ from embodied_rl.backbones.act_weights import build_network, load_network, write
 from embodied_rl.backbones.lerobot_normalise import Normaliser
 from embodied_rl.backbones.pi0_inputs import state_vector
 from embodied_rl.backbones.pi0_network import check_dtype
-from embodied_rl.backbones.source import read_source, rebuild, record
-from embodied_rl.command_configs import PretrainConfig
+from embodied_rl.backbones.published import PublishedBackbone
+from embodied_rl.backbones.source import read_source, rebuild
 from embodied_rl.config import PolicyConfig
-from embodied_rl.errors import UserError
-from embodied_rl.interfaces import Imitator
-from embodied_rl.types import EnvSpec, Features, Obs, Trajectory
+from embodied_rl.types import EnvSpec, Features, Obs
 
 IMAGE, STATE, ENVIRONMENT = "image.", "state", "environment"  # keys of `ActBackbone.inputs`
 
 
-class ActBackbone(Imitator):
+class ActBackbone(PublishedBackbone):
     """An action chunking transformer: images and state to one chunk, deterministically.
 
     Features: for each camera, the mean of the transformer encoder's output over the camera's
@@ -42,6 +39,7 @@ class ActBackbone(Imitator):
         source: folder that the weights came from; None: they are in our own policy folder.
     """
 
+    name, title = "act", "ACT"
     keeps_inputs = False  # float pixels
     tuning_rate = 1e-5  # LeRobot's
 
@@ -148,19 +146,6 @@ class ActBackbone(Imitator):
         wanted = self.action.normalise(chunks)
         return F.l1_loss(self._run(inputs).actions.to(wanted.dtype), wanted)
 
-    @classmethod
-    def for_demos(
-        cls,
-        trajectories: Sequence[Trajectory],
-        instructions: Sequence[str],
-        config: PretrainConfig,
-    ) -> ActBackbone:
-        """Refuses: sizes and image network come from a folder."""
-        raise UserError(
-            "backbone=act cannot be trained here from nothing. Drop it and give init=<ACT folder> "
-            "(LeRobot's layout, or a run that finetuned one)."
-        )
-
     # ------------------------------------------------------------ environment
 
     def check_env(self, spec: EnvSpec) -> None:
@@ -186,27 +171,15 @@ class ActBackbone(Imitator):
         network = load_network(weights, sizes, dtype, str(folder))
         return cls(network, settings, config.dtype, str(folder.resolve()))
 
-    def to_folder(self, folder: Path) -> None:
-        """Writes the layout that the weights came from; published names and precisions."""
-        if self.source is None:
-            super().to_folder(folder)
-        else:
-            write_network(self.network, Path(self.source), folder)
+    def network_record(self) -> dict[str, Any]:
+        """Its sizes."""
+        return asdict(self.network.sizes)
 
-    def config_dict(self) -> dict[str, Any]:
-        """Sizes, precision, source of the weights and settings."""
-        sizes = asdict(self.network.sizes)
-        return record(sizes, self.dtype_name, self.source, self.settings)
+    def write_weights(self, source: Path, folder: Path) -> None:
+        """Writes a LeRobot folder."""
+        write_network(self.network, source, folder)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ActBackbone:
         """Rebuilds the module: weights from `source`, or random ones where that is null."""
         return cls(*rebuild(config, ActSizes, ActSettings, build_network, load_network))
-
-    @classmethod
-    def for_env(cls, spec: EnvSpec) -> ActBackbone:
-        """Refuses: it is trained by imitation."""
-        raise UserError(
-            f"policy.backbone=act cannot be trained from scratch on {spec.name}. Set policy.path "
-            "to an ACT folder in LeRobot's layout."
-        )

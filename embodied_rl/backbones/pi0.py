@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,13 @@ from embodied_rl.backbones.pi0_prefix import average, encode, prefix_blocks
 from embodied_rl.backbones.pi0_settings import Pi0Settings, fit
 from embodied_rl.backbones.pi0_training import flow_loss
 from embodied_rl.backbones.prompts import pad_prompts
-from embodied_rl.backbones.source import record
-from embodied_rl.command_configs import PretrainConfig
+from embodied_rl.backbones.published import PublishedBackbone
 from embodied_rl.config import PolicyConfig
-from embodied_rl.errors import UserError
-from embodied_rl.interfaces import FlowBackbone, Imitator
-from embodied_rl.types import INSTRUCTION, EnvSpec, Obs, Trajectory
+from embodied_rl.interfaces import FlowBackbone
+from embodied_rl.types import INSTRUCTION, EnvSpec, Obs
 
 
-class Pi0Backbone(FlowBackbone, Imitator):
+class Pi0Backbone(FlowBackbone, PublishedBackbone):
     """transformers' π0 with its own preprocessing.
 
     The prefix (images, instruction) runs once for an observation. Its last hidden state, averaged
@@ -43,6 +40,8 @@ class Pi0Backbone(FlowBackbone, Imitator):
         source: folder that the weights came from; None: they are in our own policy folder.
     """
 
+    name, title = "pi0", "π0"
+    layouts = "LeRobot's or transformers' layout"
     keeps_inputs = False  # float pixels
     tuning_rate = 2.5e-5  # openpi's
 
@@ -209,19 +208,6 @@ class Pi0Backbone(FlowBackbone, Imitator):
         actions = F.pad(actions, (0, self.noise_dim - actions.shape[-1])).to(self.precision)
         return flow_loss(self.network, inputs, actions, generator)
 
-    @classmethod
-    def for_demos(
-        cls,
-        trajectories: Sequence[Trajectory],
-        instructions: Sequence[str],
-        config: PretrainConfig,
-    ) -> Pi0Backbone:
-        """Refuses: a few demonstrations teach 3.5 billion random weights nothing."""
-        raise UserError(
-            "backbone=pi0 cannot be trained here from nothing. Drop it and give init=<π0 folder> "
-            "(LeRobot's or transformers' layout, or a run that finetuned one)."
-        )
-
     # ------------------------------------------------------------ environment
 
     def check_env(self, spec: EnvSpec) -> None:
@@ -248,27 +234,15 @@ class Pi0Backbone(FlowBackbone, Imitator):
         network, settings = load_folder(folder, config)
         return cls(network, settings, config.dtype, str(folder.resolve()))
 
-    def to_folder(self, folder: Path) -> None:
-        """Writes the layout that the weights came from; published names and precisions."""
-        if self.source is None:
-            super().to_folder(folder)
-        else:
-            write_trained(self.network, Path(self.source), folder)
+    def network_record(self) -> dict[str, Any]:
+        """The model's configuration."""
+        return network_dict(self.network.config)
 
-    def config_dict(self) -> dict[str, Any]:
-        """Network, precision, source of the weights and settings."""
-        network = network_dict(self.network.config)
-        return record(network, self.dtype_name, self.source, self.settings)
+    def write_weights(self, source: Path, folder: Path) -> None:
+        """Writes a transformers or LeRobot folder, as `source` is."""
+        write_trained(self.network, source, folder)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Pi0Backbone:
         """Rebuilds the module: weights from `source`, or random ones where that is null."""
         return cls(*rebuild(config))
-
-    @classmethod
-    def for_env(cls, spec: EnvSpec) -> Pi0Backbone:
-        """Refuses: 3.5 billion random weights learn nothing from rewards."""
-        raise UserError(
-            f"policy.backbone=pi0 cannot be trained from scratch on {spec.name}. Set policy.path "
-            "to a π0 folder (LeRobot's or transformers' layout)."
-        )

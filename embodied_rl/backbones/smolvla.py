@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from embodied_rl.backbones.pi0_inputs import state_vector
 from embodied_rl.backbones.pi0_network import check_dtype
 from embodied_rl.backbones.pi0_settings import fit
 from embodied_rl.backbones.prompts import pad_prompts
+from embodied_rl.backbones.published import PublishedBackbone
 from embodied_rl.backbones.smolvla_folder import (
     SmolVLASettings,
     read_smolvla,
@@ -26,15 +26,14 @@ from embodied_rl.backbones.smolvla_folder import (
 from embodied_rl.backbones.smolvla_network import SmolVLAContext, SmolVLANetwork
 from embodied_rl.backbones.smolvla_sizes import SmolVLASizes
 from embodied_rl.backbones.smolvla_weights import build_network, load_network, write_network
-from embodied_rl.backbones.source import read_source, rebuild, record
-from embodied_rl.command_configs import PretrainConfig
+from embodied_rl.backbones.source import read_source, rebuild
 from embodied_rl.config import PolicyConfig
 from embodied_rl.errors import UserError
-from embodied_rl.interfaces import FlowBackbone, Imitator
-from embodied_rl.types import INSTRUCTION, EnvSpec, Obs, Trajectory
+from embodied_rl.interfaces import FlowBackbone
+from embodied_rl.types import INSTRUCTION, EnvSpec, Obs
 
 
-class SmolVLABackbone(FlowBackbone, Imitator):
+class SmolVLABackbone(FlowBackbone, PublishedBackbone):
     """SmolVLM's first layers and a flow-matching expert, with LeRobot's preprocessing.
 
     The prefix (images, instruction, state) runs once for an observation. Its last hidden state,
@@ -49,6 +48,7 @@ class SmolVLABackbone(FlowBackbone, Imitator):
         source: folder that the weights came from; None: they are in our own policy folder.
     """
 
+    name, title = "smolvla", "SmolVLA"
     keeps_inputs = False  # float pixels
     tuning_rate = 1e-4  # LeRobot's
 
@@ -175,19 +175,6 @@ class SmolVLABackbone(FlowBackbone, Imitator):
         velocity = self.network.velocity(context, time * noise + (1 - time) * actions, times)
         return F.mse_loss(velocity.to(actions.dtype), noise - actions)
 
-    @classmethod
-    def for_demos(
-        cls,
-        trajectories: Sequence[Trajectory],
-        instructions: Sequence[str],
-        config: PretrainConfig,
-    ) -> SmolVLABackbone:
-        """Refuses: a few demonstrations teach 450 million random weights nothing."""
-        raise UserError(
-            "backbone=smolvla cannot be trained here from nothing. Drop it and give init=<SmolVLA "
-            "folder> (LeRobot's layout, or a run that finetuned one)."
-        )
-
     # ------------------------------------------------------------ environment
 
     def check_env(self, spec: EnvSpec) -> None:
@@ -218,27 +205,15 @@ class SmolVLABackbone(FlowBackbone, Imitator):
         network = load_network(weights, sizes, dtype, str(folder))
         return cls(network, settings, config.dtype, str(folder.resolve()))
 
-    def to_folder(self, folder: Path) -> None:
-        """Writes the layout that the weights came from; published names and precisions."""
-        if self.source is None:
-            super().to_folder(folder)
-        else:
-            write_network(self.network, Path(self.source), folder)
+    def network_record(self) -> dict[str, Any]:
+        """Its sizes."""
+        return asdict(self.network.sizes)
 
-    def config_dict(self) -> dict[str, Any]:
-        """Sizes, precision, source of the weights and settings."""
-        sizes = asdict(self.network.sizes)
-        return record(sizes, self.dtype_name, self.source, self.settings)
+    def write_weights(self, source: Path, folder: Path) -> None:
+        """Writes a LeRobot folder."""
+        write_network(self.network, source, folder)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SmolVLABackbone:
         """Rebuilds the module: weights from `source`, or random ones where that is null."""
         return cls(*rebuild(config, SmolVLASizes, SmolVLASettings, build_network, load_network))
-
-    @classmethod
-    def for_env(cls, spec: EnvSpec) -> SmolVLABackbone:
-        """Refuses: 450 million random weights learn nothing from rewards."""
-        raise UserError(
-            f"policy.backbone=smolvla cannot be trained from scratch on {spec.name}. Set "
-            "policy.path to a SmolVLA folder in LeRobot's layout."
-        )
