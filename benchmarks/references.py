@@ -17,7 +17,7 @@ its range, and the minutes of the whole run, evaluations included; draws all cur
 <curves>/curves.png. The minutes are no speed benchmark: ours steps the environment in a process of
 its own, evaluates twice more at the end and writes checkpoints. Every library has one thread.
 Learning starts after 1,000 random steps, in ours after 20 trajectories: earlier where episodes are
-short.
+short. `--implementations ours ours-bfloat16` compares critics whose products are in bfloat16.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ from typing import Any
 import numpy as np
 
 ALGOS = {"crossq": 3, "sac": 1}  # policy delay
-IMPLEMENTATIONS = ("ours", "sb3", "sbx")
+IMPLEMENTATIONS = ("ours", "sb3", "sbx", "ours-bfloat16")
+OURS, ON_DEMAND = {"ours", "ours-bfloat16"}, {"ours-bfloat16"}
 RANDOM, BATCH, RATE, GAMMA, TAU, ACTOR = 1_000, 256, 1e-3, 0.99, 0.005, 256
 
 
-def ours(args: argparse.Namespace, algo: str, seed: int) -> None:
-    """Runs or resumes our trainer."""
-    folder = args.out / name("ours", algo, seed)
+def ours(args: argparse.Namespace, library: str, algo: str, seed: int) -> None:
+    """Runs or resumes our trainer; `library` says in which precision of the critics' products."""
+    folder = args.out / name(library, algo, seed)
     words = [f"resume={folder}"]
     if not (folder / "checkpoints" / "last").exists():
         shutil.rmtree(folder, ignore_errors=True)  # cut off before its first checkpoint
@@ -88,6 +89,8 @@ def ours(args: argparse.Namespace, algo: str, seed: int) -> None:
             f"train.total_steps={args.steps}",
             f"train.checkpoint_interval={args.interval}",
         ]
+        if library == "ours-bfloat16":
+            words.append("critic.matmul_dtype=bfloat16")
         if algo == "crossq":
             words += ["actor.optim.betas=[0.5,0.999]", "critic.optim.betas=[0.5,0.999]"]
     subprocess.run([sys.executable, "-m", "embodied_rl.train", *words], check=True)
@@ -186,7 +189,7 @@ def report(args: argparse.Namespace) -> None:
     figure, axes = plt.subplots(1, len(args.algos), squeeze=False, figsize=(6 * len(args.algos), 4))
     print(f"| {args.task} | seeds | IQM of the end | range | minutes |\n|---|---|---|---|---|")
     for axis, algo in zip(axes[0], args.algos, strict=True):
-        for color, library in zip(("C3", "C0", "C2"), IMPLEMENTATIONS, strict=True):
+        for color, library in zip(("C3", "C0", "C2", "C1"), IMPLEMENTATIONS, strict=True):
             runs = [args.curves / f"{name(library, algo, seed)}.json" for seed in args.seeds]
             done = [json.loads(r.read_text(encoding="utf-8")) for r in runs if r.exists()]
             if not done:
@@ -234,7 +237,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20_000, help="environment steps of each run")
     parser.add_argument("--algos", nargs="+", choices=ALGOS, default=list(ALGOS))
     parser.add_argument(
-        "--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS)
+        "--implementations",
+        nargs="+",
+        choices=IMPLEMENTATIONS,
+        default=[i for i in IMPLEMENTATIONS if i not in ON_DEMAND],
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--width", type=int, default=256, help="of the critics' two hidden layers")
@@ -263,8 +269,8 @@ def main() -> None:
             for library in args.implementations:
                 if (args.curves / f"{name(library, algo, seed)}.json").exists():
                     continue
-                if library == "ours":
-                    ours(args, algo, seed)
+                if library in OURS:
+                    ours(args, library, algo, seed)
                 else:
                     words = [*sys.argv, "--one", library, algo, str(seed)]
                     one = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
