@@ -7,6 +7,7 @@ setting of torch chooses it for float32, so a pass over compiled graphs does.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,32 @@ class _Plain:
 
 
 def _onednn_product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None and not left.is_contiguous() and _strided_is_exact():
+        return _strided_product(left, right)
     return torch.ops.mkldnn._linear_pointwise.default(left, right.t(), bias, "none", [], "")
+
+
+def _strided_product(left: Tensor, right: Tensor) -> Tensor:
+    """By oneDNN with the left factor as it lies in memory; a linear layer's would copy it first.
+
+    torch gives this way to those who let it round factors to bfloat16, which is done only by
+    processors with AMX.
+    """
+    setting = torch.backends.mkldnn.matmul
+    before, setting.fp32_precision = setting.fp32_precision, "bf16"
+    try:
+        return left @ right
+    finally:
+        setting.fp32_precision = before
+
+
+@functools.cache
+def _strided_is_exact() -> bool:
+    """Whether `_strided_product` keeps all 24 bits here; bfloat16 has 8."""
+    if not hasattr(torch.backends.mkldnn, "matmul"):
+        return False  # an earlier torch
+    long = torch.full((64, 64), 1 + 2.0**-20)
+    return torch.equal(_strided_product(long.t(), torch.eye(64)), long)
 
 
 def _product_shape(left: Tensor, right: Tensor, _: Tensor | None) -> Tensor:
