@@ -151,7 +151,7 @@ class Collector:
             return torch.rand_like(like) * 2 - 1
         if actor is None:
             return features.base_action
-        return actor.explore(features, self.env_steps).action
+        return actor.explore(features, self.env_steps)
 
     def _decide(self, envs: np.ndarray, observed: Rows, action: Tensor, chunk: Tensor) -> None:
         full = np.flatnonzero(self._episodes.rows[envs] >= self.config.max_trajectory_steps)

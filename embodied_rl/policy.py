@@ -105,7 +105,9 @@ class Policy(nn.Module):
     @torch.no_grad()
     def encode(self, obs: Obs, generator: torch.Generator | None = None) -> Features:
         """Returns the backbone's features, with those actions of its chunks that are executed."""
-        self.eval()
+        parts = (self.backbone,) if self.actor is None else (self.backbone, self.actor)
+        if any(part.training for part in parts):  # the learner switches its own
+            self.eval()
         samples = 1 if self.actor is None else self.actor.base_samples
         return self.backbone(obs, samples, generator).cut(self.execute_steps)
 

@@ -173,7 +173,7 @@ def test_backup_counts_no_entropy_for_base_actions(choosing, flow, obs):
 
 def test_ramp_begins_with_the_base_action(choosing, flow, obs):
     features = flow(obs, 4)
-    assert torch.equal(choosing(total).explore(features, 0).action, features.base_action)
+    assert torch.equal(choosing(total).explore(features, 0), features.base_action)
 
 
 def test_candidates_need_a_policy_that_samples(make_backbone, make_config):

@@ -80,6 +80,11 @@ class NoiseActor(ActorAdapter):
         action, log_prob = tanh_normal.sample(mean, log_std)
         return ActionSample(action, log_prob, torch.tanh(mean))
 
+    def explore(self, features: Features, env_steps: int) -> Tensor:
+        """Samples as `forward` does."""
+        del env_steps
+        return tanh_normal.explore(*self.distribution(features))
+
     def mode(self, features: Features) -> Tensor:
         """Returns tanh(mu)."""
         return torch.tanh(self.distribution(features)[0])

@@ -125,15 +125,14 @@ class ResidualActor(ActorAdapter):
     def _corrected(self, features: Features, delta: Tensor) -> Tensor:
         return (features.base_action + self.scale * delta).clamp(-1, 1)
 
-    def explore(self, features: Features, env_steps: int) -> ActionSample:
+    def explore(self, features: Features, env_steps: int) -> Tensor:
         """Applies the correction to each environment with probability min(1, t / ramp_steps)."""
-        corrected = self.backup(features)
+        corrected = self.backup(features).action
         if env_steps >= self.ramp_steps:
             return corrected
         base = features.base_action
         apply = torch.rand(base.shape[0], 1, 1, device=base.device) < env_steps / self.ramp_steps
-        action = torch.where(apply, corrected.action, base)
-        return ActionSample(action, corrected.log_prob, corrected.mode)
+        return torch.where(apply, corrected, base)
 
     @classmethod
     def for_backbone(

@@ -33,8 +33,17 @@ def log_prob(pre_tanh: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 def sample(mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
     """Draws a reparameterised sample; returns (tanh(u), log-probability [B])."""
-    pre_tanh = mean + torch.exp(log_std) * torch.randn_like(mean)
+    pre_tanh = _draw(mean, log_std)
     return torch.tanh(pre_tanh), log_prob(pre_tanh, mean, log_std)
+
+
+def explore(mean: Tensor, log_std: Tensor) -> Tensor:
+    """Draws what `sample` draws, without its log-probability."""
+    return torch.tanh(_draw(mean, log_std))
+
+
+def _draw(mean: Tensor, log_std: Tensor) -> Tensor:
+    return mean + torch.exp(log_std) * torch.randn_like(mean)
 
 
 def split(output: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:

@@ -185,7 +185,7 @@ def _act(draft: Draft, rows: int, precision: str) -> tuple[Cost, Cost, Cost, Cos
             features = policy.encode(obs)
             prefix, denoise = _read(meter, precision), Cost(precision)
             peak = prefix.peak
-        action = policy.actor.explore(features, LATE).action
+        action = policy.actor.explore(features, LATE)
         actor = _read(meter, "float32")
         policy.decode(features, action)
         decode = _read(meter, precision)

@@ -56,10 +56,10 @@ class ActorAdapter(nn.Module, ABC):
     def mode(self, features: Features) -> Tensor:
         """Returns the noise-free chunk [B, H, A]; draws from no generator."""
 
-    def explore(self, features: Features, env_steps: int) -> ActionSample:
-        """Samples the chunk that the collector executes after `env_steps` steps of training."""
+    def explore(self, features: Features, env_steps: int) -> Tensor:
+        """Samples the chunk [B, H, A] that the collector takes after `env_steps` env steps."""
         del env_steps
-        return self(features)
+        return self(features).action
 
     def backup(self, features: Features) -> ActionSample:
         """Samples the action that the TD target is evaluated at."""
