@@ -81,7 +81,7 @@ def _strided_product(left: Tensor, right: Tensor) -> Tensor:
     torch gives this way to those who let it round factors to bfloat16, which is done only by
     processors with AMX.
     """
-    setting = torch.backends.mkldnn.matmul
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined] - put there at import
     before, setting.fp32_precision = setting.fp32_precision, "bf16"
     try:
         return left @ right
