@@ -120,7 +120,7 @@ class BatchRenorm(nn.Module):
         with torch.no_grad():
             self.running_mean.lerp_(mean, 1 - self.momentum)
             self.running_var.lerp_(var, 1 - self.momentum)
-            self.steps += 1
+            self.steps.add_(1)
         return y
 
     def _as_peers_do(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor, fx
 
 from embodied_rl import products
+from embodied_rl.nests import mapped, tensors_of
 
 Result = TypeVar("Result")
 
@@ -21,17 +23,27 @@ class Compiled(Generic[Result]):
     the same sizes and versions, which then takes a few.
 
     Args:
-        function: of tensors and dataclasses of them, always of the same sizes and settings.
+        function: of tensors and dataclasses of them, always of the same settings, which changes
+            parameters, statistics and moments where they are (tests/test_cuda_graphs.py). Given
+            other sizes it runs as it is written.
         say: is told when it compiles, and why it could not.
     """
 
     def __init__(self, function: Callable[..., Result], say: Callable[[str], None]) -> None:
         self._plain, self._say = function, say
         self._call: Callable[..., Result] | None = None
+        self._sizes: list[torch.Size] = []
 
     def __call__(self, *args: Any) -> Result:
         """Calls the function; the first time, compiles it."""
-        return self._compile(args) if self._call is None else self._call(*args)
+        tensors = tensors_of(args)
+        if not all(t.is_contiguous() for t in tensors):
+            args = mapped(args, Tensor.contiguous)
+        sizes = [t.shape for t in tensors]
+        if self._call is None:
+            self._sizes = sizes
+            return self._compile(args)
+        return self._call(*args) if sizes == self._sizes else self._plain(*args)
 
     def _compile(self, args: tuple[Any, ...]) -> Result:
         name = self._plain.__name__.strip("_").replace("_", " ")
@@ -56,13 +68,14 @@ class Compiled(Generic[Result]):
         """Compiles, which happens in the first call; returns the function and its result."""
         from torch._dynamo import config
         from torch._functorch import config as autograd_config
+        from torch._inductor import compile as inductor
         from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-        class OneDNN(CustomGraphPass):
+        class Products(CustomGraphPass):
             """A pass with the name by which torch knows what it kept on disk."""
 
-            def __call__(self, graph: torch.fx.Graph) -> None:
-                products.use_onednn(graph)
+            def __call__(self, graph: fx.Graph) -> None:
+                products.improve(graph)
 
             def uuid(self) -> Any:
                 return get_hash_for_files((products.__file__,))
@@ -70,23 +83,89 @@ class Compiled(Generic[Result]):
         options = {
             # noise as torch itself draws it: the same numbers as without compiling
             "fallback_random": True,
-            # asking at each call whether sizes and settings are still the same takes half a
-            # millisecond; sizes are checked in the compiled code again
-            "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
+            # asking for the size of every tensor takes 4 % of an update; `_Recorded` asks for those
+            # of the arguments, the others are the learner's own
+            "size_asserts": False,
+            "alignment_asserts": False,
             "compile_threads": 1,  # no processes of its own, which Ctrl-C would hit too
             # what has many operations is kept rather than computed again per element: the factors
             # of Batch Renormalisation, a number per feature, were made anew for every row
             "realize_opcount_threshold": 5,
-            "post_grad_custom_post_pass": OneDNN() if products.onednn_helps() else None,
+            "post_grad_custom_post_pass": Products(),
         }
-        fast = torch.compile(_own(self._plain), fullgraph=True, dynamic=False, options=options)
+        programs: list[_Program] = []
+
+        def backend(graph: fx.GraphModule, inputs: list[Tensor]) -> _Program:
+            programs.append(_Program(inductor(graph, inputs, options)))
+            return programs[-1]
+
+        # no guards: asking at each call whether settings are still the same takes half a millisecond
+        guards = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        fast = torch.compile(
+            _own(self._plain), fullgraph=True, dynamic=False, backend=backend, options=guards
+        )
         # the second: what is kept on disk includes the backward passes written out in a
         # `torch.autograd.Function`; without it most of the work is done in every run
         with (
             config.patch(trace_autograd_ops=True),
             autograd_config.patch(autograd_cache_allow_custom_autograd_functions=True),
         ):
-            return fast, fast(*args)
+            result = fast(*args)
+        (program,) = programs
+        return _recorded(program, args, result) or fast, result
+
+
+class _Program:
+    """What the compiler made of a graph; remembers what it was first called with."""
+
+    def __init__(self, run: Callable[..., Sequence[Tensor]]) -> None:
+        self.run = run
+        self.inputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        outputs = self.run(*inputs)
+        if not self.inputs:
+            self.inputs, self.outputs = list(inputs), list(outputs)
+        return outputs
+
+
+def _recorded(
+    program: _Program, args: tuple[Any, ...], result: Result
+) -> Callable[..., Result] | None:
+    """A way to the program with the learner's tensors, looked up once, and each call's arguments.
+
+    torch's own way walks through modules and optimiser for 140 tensors at every call, and sets what
+    the function set on them: 3 % of an update.
+
+    Args:
+        program: after its first call.
+        args: of that call.
+        result: of that call.
+
+    Returns:
+        None where some of what the program computes is not in the result.
+    """
+    inputs, computed = program.inputs, {id(t): i for i, t in enumerate(program.outputs)}
+    given = {id(tensor): i for i, tensor in enumerate(tensors_of(args))}
+    varying = [(i, given[id(t)]) for i, t in enumerate(inputs) if id(t) in given]
+    leaves = {id(t) for t in tensors_of(result)}
+    if leaves != computed.keys() | (leaves & given.keys()):
+        return None  # something is kept elsewhere, or was there before
+
+    def call(*args: Any) -> Result:
+        arguments, tensors = tensors_of(args), inputs.copy()
+        for position, i in varying:
+            tensors[position] = arguments[i]
+        outputs = program.run(*tensors)
+
+        def present(tensor: Tensor) -> Tensor:
+            i = computed.get(id(tensor))
+            return arguments[given[id(tensor)]] if i is None else outputs[i]
+
+        return mapped(result, present)
+
+    return call
 
 
 def _own(function: Callable[..., Result]) -> Callable[..., Result]:

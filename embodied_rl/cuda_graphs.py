@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+from embodied_rl.nests import mapped, tensors_of
 
 Result = TypeVar("Result")
 WARM_UP = 3  # calls before the recording: libraries choose kernels and allocate in the first ones
@@ -66,29 +67,3 @@ class Graphed(Generic[Result]):
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._result = self._function(*kept)
         self._graph = graph
-
-
-def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same nest of dataclasses, dictionaries and sequences, with every tensor changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value)]
-        return dataclasses.replace(value, **{n: mapped(getattr(value, n), change) for n in names})
-    if isinstance(value, dict):
-        return {key: mapped(inner, change) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(mapped(inner, change) for inner in value)
-    return value
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """All tensors of such a nest, in a fixed order."""
-    found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    mapped(value, note)
-    return found

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from embodied_rl.cuda_graphs import Graphed, mapped, tensors_of
+from embodied_rl.cuda_graphs import Graphed
 from embodied_rl.errors import UserError
+from embodied_rl.nests import mapped, tensors_of
 from embodied_rl.registry import Q_HEADS
 
 

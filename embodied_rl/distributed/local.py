@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from embodied_rl.distributed.adam import adam
-from embodied_rl.distributed.optimised import Moments, Optimised, clipped
+from embodied_rl.distributed.optimised import Moments, Optimised, clipped, total_norm
 from embodied_rl.interfaces import Trainable, UpdateEngine
 
 
@@ -33,7 +33,7 @@ class LocalTrainable(Optimised):
 
     def step(self, gradients: list[Tensor]) -> Tensor:
         """Clips and takes one step; returns the norm before clipping."""
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = total_norm(gradients)
         self.apply(clipped(gradients, norm, self.config.clip_grad))
         return norm
 

@@ -66,6 +66,13 @@ class Optimised(Trainable, ABC):
         """Restores them; no entries for a trainable that never took a step."""
 
 
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients together, as torch.nn.utils.get_total_norm computes it."""
+    if torch.compiler.is_compiling():  # as sums, which the compiler fuses; 25 tensors else
+        return torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
+    return torch.nn.utils.get_total_norm(gradients)
+
+
 def clipped(gradients: list[Tensor], norm: Tensor, limit: float | None) -> list[Tensor]:
     """Gradients scaled as torch.nn.utils.clip_grad_norm_ does; None: as they are."""
     if limit is None:

@@ -75,7 +75,7 @@ class DefaultQHead(QHead):
     @torch.no_grad()
     def after_update(self) -> None:
         """Moves target <- (1 - tau) * target + tau * online, every `target_update_freq` updates."""
-        self.updates += 1
+        self.updates.add_(1)
         targets: list[Tensor] = list(self.target.parameters())
         online: list[Tensor] = list(self.critics.parameters())
         if self.target_update_freq == 1:

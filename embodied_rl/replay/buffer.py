@@ -13,6 +13,7 @@ from torch import Tensor
 from embodied_rl.config import AlgorithmConfig
 from embodied_rl.errors import ReplayNotReady
 from embodied_rl.interfaces import ReplayBuffer
+from embodied_rl.replay.ahead import Ahead
 from embodied_rl.replay.cache import TrajectoryCache
 from embodied_rl.replay.damage import LostError
 from embodied_rl.replay.gather import Draw, TransitionReader
@@ -56,8 +57,9 @@ class TrajectoryReplay(ReplayBuffer):
         self._encode = encode
         self._rng = np.random.default_rng(seed)
         self._window = Window(settings.sample_window_size)
-        self._ahead: deque[Mapping[str, Any]] = deque()  # generator states before prefetched draws
+        self._planned: deque[Mapping[str, Any]] = deque()  # generator's, before prefetched draws
         self._prefetch = Prefetcher[dict[str, Tensor]](settings.prefetch)
+        self._ahead = Ahead(self._rng, self._draw, lambda draw: self._reader.gather(draw))
         self._checkpoints: deque[int] = deque(maxlen=CHECKPOINTS)
         self._load_existing()
 
@@ -82,6 +84,7 @@ class TrajectoryReplay(ReplayBuffer):
     def add(self, trajectory: Trajectory) -> None:
         """Appends a trajectory to disk and cache."""
         number = len(self)
+        self._ahead.forget(rewind=True)
         self._prefetch.settle()  # adding may evict rows that were drawn ahead
         if self.store is not None:
             self._writable().append(trajectory)
@@ -95,14 +98,14 @@ class TrajectoryReplay(ReplayBuffer):
         Raises:
             ReplayNotReady: fewer than `min_buffer_size` trajectories.
         """
-        self._check_ready()
+        if not self._ahead:
+            self._check_ready()
         while True:
             try:
                 if self._prefetch.depth == 0:
-                    rows = self._reader.gather(self._draw(n))
-                else:
-                    rows = self._prefetch.take(lambda: self._plan(n))
-                    self._ahead.popleft()
+                    return self._batch(self._ahead.next(n))
+                rows = self._prefetch.take(lambda: self._plan(n))
+                self._planned.popleft()
                 return self._batch(rows)
             except LostError as error:
                 for number in error.numbers:
@@ -119,15 +122,16 @@ class TrajectoryReplay(ReplayBuffer):
 
     def _plan(self, n: int) -> Callable[[], dict[str, Tensor]]:
         """Draws now, in the order of calls, what the prefetching thread will read."""
-        self._ahead.append(self._rng.bit_generator.state)
+        self._planned.append(self._rng.bit_generator.state)
         draw = self._draw(n)
         return lambda: self._reader.gather(draw)
 
     def _forget_ahead(self, *, rewind: bool) -> None:
-        """Drops prefetched batches; `rewind` sets the generator back to before they were drawn."""
-        if rewind and self._ahead:
-            self._rng.bit_generator.state = self._ahead[0]
-        self._ahead.clear()
+        """Drops batches ahead; `rewind` sets the generator back to before they were drawn."""
+        self._ahead.forget(rewind=rewind)
+        if rewind and self._planned:
+            self._rng.bit_generator.state = self._planned[0]
+        self._planned.clear()
         self._prefetch.drop()
 
     def _draw(self, n: int) -> Draw:
