@@ -71,11 +71,11 @@ class Compiled(Generic[Result]):
         from torch._inductor import compile as inductor
         from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-        class Products(CustomGraphPass):
+        class OneDNN(CustomGraphPass):
             """A pass with the name by which torch knows what it kept on disk."""
 
             def __call__(self, graph: fx.Graph) -> None:
-                products.improve(graph)
+                products.use_onednn(graph)
 
             def uuid(self) -> Any:
                 return get_hash_for_files((products.__file__,))
@@ -91,7 +91,7 @@ class Compiled(Generic[Result]):
             # what has many operations is kept rather than computed again per element: the factors
             # of Batch Renormalisation, a number per feature, were made anew for every row
             "realize_opcount_threshold": 5,
-            "post_grad_custom_post_pass": Products(),
+            "post_grad_custom_post_pass": OneDNN() if products.onednn_helps() else None,
         }
         programs: list[_Program] = []
 

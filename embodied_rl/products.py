@@ -116,11 +116,6 @@ torch.library.register_fake("embodied_rl::rounded_product", _product_shape)
 torch.library.register_fake("embodied_rl::onednn_product", _product_shape)
 
 
-def improve(graph: fx.Graph) -> None:
-    if onednn_helps():
-        use_onednn(graph)
-
-
 def use_onednn(graph: fx.Graph) -> None:
     """Replaces the float32 products of a compiled graph, in place, where oneDNN is faster."""
     for node in list(graph.nodes):
