@@ -89,8 +89,12 @@ class BatchRenorm(nn.Module):
             form=config.form,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, affine: bool = True) -> Tensor:
         """Normalises x [..., F]; statistics are kept in the parameters' precision.
+
+        Args:
+            x: [..., F].
+            affine: false leaves weight and bias out: gamma = 1, beta = 0.
 
         Raises:
             ValueError: training mode with fewer than two rows, or a wrong last axis.
@@ -99,16 +103,21 @@ class BatchRenorm(nn.Module):
         if x.shape[-1] != features:
             raise ValueError(f"expected last axis {features}, got shape {tuple(x.shape)}")
         flat = x.reshape(-1, features).to(self.running_mean.dtype)
-        out = self._normalise_batch(flat) if self.training else self._normalise_running(flat)
+        if affine:
+            weight, bias = self.weight, self.bias
+        else:
+            weight, bias = torch.ones_like(self.running_mean), torch.zeros_like(self.running_mean)
+        normalise = self._normalise_batch if self.training else self._normalise_running
+        out = normalise(flat, weight, bias)
         return out.reshape(x.shape).to(x.dtype)
 
-    def _normalise_batch(self, x: Tensor) -> Tensor:
+    def _normalise_batch(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if x.shape[0] < 2:
             raise ValueError(f"batch statistics need at least 2 rows, got {x.shape[0]}")
         if self.form == "unfolded" and self.variance == "biased":
             native = self.gather is None and not torch.compiler.is_compiling()
             kind = _NativeRenormalise if native else _Renormalise
-            y, mean, var = kind.apply(x, self.weight, self.bias, self)  # type: ignore[misc]
+            y, mean, var = kind.apply(x, weight, bias, self)  # type: ignore[misc]
         else:
             if self.gather is not None:
                 raise ValueError(
@@ -116,7 +125,7 @@ class BatchRenorm(nn.Module):
                     "processes is not supported. Use biased and unfolded."
                 )
             var, mean = torch.var_mean(x, 0, correction=int(self.variance == "unbiased"))
-            y = self._as_peers_do(x, mean, var)
+            y = self._as_peers_do(x, mean, var) * weight + bias
         with torch.no_grad():
             self.running_mean.lerp_(mean, 1 - self.momentum)
             self.running_var.lerp_(var, 1 - self.momentum)
@@ -130,7 +139,7 @@ class BatchRenorm(nn.Module):
             x_hat = (x - mean) / (var + self.eps).sqrt() * r + d
         else:
             x_hat = (x - mean + d * var.sqrt() / r) / (var / r**2 + self.eps).sqrt()
-        return x_hat * self.weight + self.bias
+        return x_hat
 
     def corrections(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """Returns r and d for batch moments [F] against the running ones."""
@@ -146,12 +155,12 @@ class BatchRenorm(nn.Module):
         share = (over / self.ramp_steps).clamp(0, 1) if self.ramp_steps else (over >= 0).to(over)
         return 1 + (self.r_max - 1) * share, self.d_max * share
 
-    def _normalise_running(self, x: Tensor) -> Tensor:
+    def _normalise_running(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():  # one native call instead of six
             moments = self.running_mean, self.running_var
-            return F.batch_norm(x, *moments, self.weight, self.bias, eps=self.eps)
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        return torch.addcmul(self.bias - self.running_mean * scale, x, scale)
+            return F.batch_norm(x, *moments, weight, bias, eps=self.eps)
+        scale = weight * (self.running_var + self.eps).rsqrt()
+        return torch.addcmul(bias - self.running_mean * scale, x, scale)
 
     def extra_repr(self) -> str:
         """Shows the settings in `print(module)`."""

@@ -24,8 +24,9 @@ class Compiled(Generic[Result]):
 
     Args:
         function: of tensors and dataclasses of them, always of the same settings, which changes
-            parameters, statistics and moments where they are (tests/test_cuda_graphs.py). Given
-            other sizes it runs as it is written.
+            parameters, statistics and moments where they are (tests/test_cuda_graphs.py). What
+            else it sets, a module's mode say, is set in the first call alone. Given other sizes
+            it runs as it is written.
         say: is told when it compiles, and why it could not.
     """
 
@@ -83,7 +84,7 @@ class Compiled(Generic[Result]):
         options = {
             # noise as torch itself draws it: the same numbers as without compiling
             "fallback_random": True,
-            # asking for the size of every tensor takes 4 % of an update; `_Recorded` asks for those
+            # asking for the size of every tensor takes 4 % of an update; `Compiled` asks for those
             # of the arguments, the others are the learner's own
             "size_asserts": False,
             "alignment_asserts": False,
@@ -95,12 +96,13 @@ class Compiled(Generic[Result]):
         }
         programs: list[_Program] = []
 
-        def backend(graph: fx.GraphModule, inputs: list[Tensor]) -> _Program:
-            programs.append(_Program(inductor(graph, inputs, options)))
+        def backend(graph: fx.GraphModule, inputs: list[Any]) -> _Program:
+            run: Any = inductor(graph, inputs, options)
+            programs.append(_Program(run))
             return programs[-1]
 
-        # no guards: asking at each call whether settings are still the same takes half a millisecond
-        guards = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        # asking at each call whether settings are still the same takes half a millisecond
+        guards: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
         fast = torch.compile(
             _own(self._plain), fullgraph=True, dynamic=False, backend=backend, options=guards
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embodied_rl.batch_renorm import BatchRenorm
@@ -28,11 +29,35 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs)
         self.low = None if matmul_dtype == "float32" else getattr(torch, matmul_dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns x [B, I] @ weight^T + bias, [B, O]."""
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        """Returns x [B, I] @ weight^T + bias, [B, O]; of x * scale + shift [I] where given."""
+        weight, bias = self.weight, self.bias
+        if scale is not None and shift is not None:
+            weight, bias = weight * scale, bias + (weight * shift).sum(1)
         if self.low is None:
+            return F.linear(x, weight, bias)
+        return rounded_linear(x, weight, bias, self.low)
+
+
+class MLP(nn.Sequential):
+    """Layers in a row.
+
+    While the input's Batch Renormalisation trains, its scale and shift go into the weights of the
+    layer behind it: the same function, but their gradients come from those weights' and not from a
+    product of its own over the whole batch.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns [B, O] for x [B, I]."""
+        if x.requires_grad or not (self.training and isinstance(self[0], BatchRenorm)):
             return super().forward(x)
-        return rounded_linear(x, self.weight, self.bias, self.low)
+        renorm, linear, *rest = self
+        x = linear(renorm(x, affine=False), renorm.weight, renorm.bias)
+        for layer in rest:
+            x = layer(x)
+        return x
 
 
 def mlp(
@@ -42,7 +67,7 @@ def mlp(
     *,
     renorm: BatchRenormConfig | None = None,
     matmul_dtype: str = "float32",
-) -> nn.Sequential:
+) -> MLP:
     """Builds (BRN ->) [Linear -> ReLU (-> BRN)] x depth -> Linear.
 
     With Batch Renormalisation that is the layer order of CrossQ's critic (Bhatt et al. 2024,
@@ -59,8 +84,8 @@ def mlp(
             block.insert(place, BatchRenorm.from_config(width, renorm))
         layers += block
         inputs = width
-    layers.append(nn.Linear(inputs, outputs))
-    return nn.Sequential(*layers)
+    layers.append(Linear(inputs, outputs))
+    return MLP(*layers)
 
 
 class CriticEnsemble(nn.Module):

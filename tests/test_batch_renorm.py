@@ -1,8 +1,11 @@
 """Batch Renormalisation against a NumPy reference written from the formula of the paper."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from embodied_rl.batch_renorm import BatchRenorm
 from embodied_rl.config import BatchRenormConfig
@@ -244,6 +247,36 @@ def test_evaluation_mode_changes_nothing():
     rows = torch.cat([made(row[None]) for row in x])  # a batch of one is fine here
     torch.testing.assert_close(whole, rows, **F64)
     assert all(torch.equal(v, before[k]) for k, v in made.state_dict().items())
+
+
+@pytest.mark.parametrize("hidden", [[], [16, 8]])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_the_inputs_scale_and_shift_may_go_into_the_first_weights(hidden, order):
+    """Float64: the network as it is against the same layers one after the other; 1e-12."""
+    torch.manual_seed(0)
+    config = BatchRenormConfig(warmup_steps=0, order=order)
+    net = mlp(5, hidden, 3, renorm=config).double()
+    for p in net.parameters():
+        torch.nn.init.normal_(p)
+    layers = nn.Sequential(*copy.deepcopy(net))
+    x = 3 * torch.randn(32, 5, dtype=torch.float64) + 1
+    for _ in range(3):
+        ours, theirs = net(x), layers(x)
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        weight = torch.randn(32, 3, dtype=torch.float64)
+        (ours * weight).sum().backward()
+        (theirs * weight).sum().backward()
+    for a, b in zip(net.parameters(), layers.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-10)
+    assert layers[0].weight.grad.abs().max() > 0.1
+    for a, b in zip(net.buffers(), layers.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_the_inputs_gradient_is_there_where_it_is_wanted():
+    net, x = mlp(5, [8], 1, renorm=BatchRenormConfig()), torch.randn(16, 5, requires_grad=True)
+    net(x).square().sum().backward()
+    assert x.grad is not None and x.grad.abs().max() > 0
 
 
 def test_state_round_trip():

@@ -1,5 +1,6 @@
 """A compiled step computes what the plain one does, noise included."""
 
+import copy
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from embodied_rl.compiling import Compiled
+from embodied_rl.nests import tensors_of
 from embodied_rl.registry import Q_HEADS
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -98,6 +100,71 @@ def step(x):
 gradient = Compiled(step, print)(torch.ones(4))
 print(json.dumps([gradient[0].item(), counters["aot_autograd"]["autograd_cache_hit"]]))
 """
+
+
+@pytest.mark.e2e
+@needs_compiler
+def test_a_compiled_step_goes_straight_to_its_program():
+    """Not through torch's wrapper, which looks for every tensor anew."""
+
+    class Learner:
+        def __init__(self):
+            self.weight = torch.ones(3)
+
+        def step(self, pair, scale):
+            self.weight.add_(pair["x"].sum(0) * scale)
+            return {"norm": self.weight.norm(), "scale": scale, "pair": [self.weight * 2]}
+
+    def run(change):
+        learner = Learner()
+        step, out = change(learner.step), []
+        for rows in (4, 4, 4, 2, 4):  # another size in between: that call runs as it is written
+            x = torch.arange(3.0 * rows).reshape(3, rows).t() / 7  # not contiguous
+            out.append(step({"x": x}, torch.tensor(rows + len(out) / 3)))
+        return learner.weight, out, step
+
+    weight, out, step = run(lambda f: Compiled(f, lambda text: None))
+    expected, plain, _ = run(lambda f: f)
+    assert "_recorded" in step._call.__qualname__
+    torch.testing.assert_close(weight, expected)
+    for a, b in zip(tensors_of(out), tensors_of(plain), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.e2e
+@needs_compiler
+def test_what_is_not_changed_in_place_is_left_to_torch():
+    class Learner:
+        def __init__(self):
+            self.weight = torch.ones(3)
+
+        def step(self, x):
+            self.weight = self.weight + x  # another tensor from now on
+            return self.weight.sum()
+
+    learner = Learner()
+    step = Compiled(learner.step, lambda text: None)
+    sums = [step(torch.ones(3)).item() for _ in range(4)]
+    assert sums == [6, 9, 12, 15] and learner.weight.tolist() == [5, 5, 5]
+    assert "_recorded" not in step._call.__qualname__
+
+
+@pytest.mark.e2e
+@needs_compiler
+def test_a_compiled_learner_goes_on_from_what_is_loaded(make_sac, make_batch):
+    """Checkpoints are written into the tensors that the program knows."""
+    compiled, other = make_sac("critic.hidden=[8]"), make_sac("critic.hidden=[8]")
+    for step in ("_critic_step", "_actor_step"):
+        setattr(compiled, step, Compiled(getattr(compiled, step), lambda text: None))
+    for i in range(3):
+        compiled.update(make_batch(16, seed=i), env_steps=i)
+        other.update(make_batch(16, seed=20 + i), env_steps=i)
+    compiled.load_state_dict(copy.deepcopy(other.state_dict()))
+    for sac in (compiled, other):
+        torch.manual_seed(1)
+        sac.update(make_batch(16, seed=9), env_steps=9)
+    for a, b in zip(leaves(compiled.state_dict()), leaves(other.state_dict()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def leaves(state):

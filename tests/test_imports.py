@@ -17,7 +17,7 @@ LAYERS = (
     ("validate",),
     ("load_config",),
     ("interfaces",),
-    ("schedules", "averaging", "manifest", "products"),
+    ("schedules", "averaging", "manifest", "products", "nests"),
     ("batch_renorm", "compiling", "cuda_graphs"),
     ("nn",),
     ("backbones", "actors", "q_heads", "replay", "formats", "envs", "distributed"),

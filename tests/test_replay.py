@@ -16,7 +16,9 @@ from embodied_rl.collector import Collector
 from embodied_rl.config import RolloutConfig
 from embodied_rl.errors import ReplayNotReady, UserError
 from embodied_rl.guard import Guard
+from embodied_rl.nests import tensors_of
 from embodied_rl.policy import Policy
+from embodied_rl.replay import ahead
 from embodied_rl.replay.buffer import TrajectoryReplay
 from embodied_rl.replay.cache import TrajectoryCache
 from embodied_rl.replay.mixed import MixedReplay
@@ -720,7 +722,50 @@ def test_old_checkpoints_let_go_of_the_disk(make_replay, make_trajectory, tmp_pa
     assert bytes_of(tmp_path / "replay") <= (2 + 2) * one + 100
 
 
-# ---------------------------------------------------------------- prefetch and compression
+# ------------------------------------------------------------- reading ahead and compression
+
+
+@pytest.mark.parametrize("cache", ["enable_cache=true", "enable_cache=false", "cache_size=2"])
+def test_batches_read_together_are_those_read_one_by_one(
+    make_replay, make_trajectory, monkeypatch, cache
+):
+    """Trajectories come, a checkpoint is made and the size changes between the batches."""
+
+    def run(name, most):
+        monkeypatch.setattr(ahead, "MOST", most)
+        replay = fill(make_replay(cache, name=name), make_trajectory, [4] * 3)
+        together, gather = [], replay._reader.gather
+
+        def count(draw):
+            together.append(len(draw.number))
+            return gather(draw)
+
+        monkeypatch.setattr(replay._reader, "gather", count)
+        batches = [replay.sample(8) for _ in range(21)]
+        replay.add(make_trajectory(3, 4))
+        batches += [replay.sample(8) for _ in range(6)]
+        replay.state_dict()
+        batches += [replay.sample(8) for _ in range(2)]
+        batches += [replay.sample(5) for _ in range(6)]
+        return batches, together
+
+    (several, reads), (single, alone) = run("a", 8), run("b", 1)
+    assert all(same_batch(a, b) for a, b in zip(several, single, strict=True))
+    assert alone == [8] * 29 + [5] * 6
+    # as many as there were in a row; what is left over is dropped
+    assert reads == [8, 8, 16, 32, 64, 64] + [8, 8, 16, 32] + [8, 8] + [5, 5, 10, 20]
+    assert all(t.is_contiguous() for t in tensors_of(several))
+
+
+def test_large_batches_are_read_one_by_one(make_replay, make_trajectory, monkeypatch):
+    replay = fill(make_replay(), make_trajectory, [4] * 3)
+    replay.sample(8)
+    monkeypatch.setattr(ahead, "ROOM", 3 * replay._ahead._bytes)
+    for _ in range(6):  # reads of 1, 1, 2 and 3, all handed out
+        replay.sample(8)
+    assert len(replay._ahead) == 0
+    replay.sample(8)
+    assert len(replay._ahead) == 2
 
 
 @pytest.mark.parametrize("cache", ["enable_cache=true", "enable_cache=false", "cache_size=2"])

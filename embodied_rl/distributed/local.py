@@ -27,6 +27,7 @@ class LocalTrainable(Optimised):
         # the compiler would first trace a CPU's as a number, and then everything once more
         kind = torch.float64 if device.type == "cpu" else torch.float32
         self.rate = torch.tensor([config.lr], dtype=kind, device=device)
+        self._rate = config.lr
         self.steps = [torch.zeros((), device=p.device) for p in self.parameters]
         self.exp_avgs = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
         self.exp_avg_sqs = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
@@ -54,7 +55,9 @@ class LocalTrainable(Optimised):
 
     def set_rate(self, rate: float) -> None:
         """Sets the learning rate."""
-        self.rate.fill_(rate)
+        if rate != self._rate:
+            self._rate = rate
+            self.rate.fill_(rate)
 
     def state_dict(self) -> Moments:
         """Moments by parameter position."""
