@@ -41,10 +41,11 @@ class Compiled(Generic[Result]):
         if not all(t.is_contiguous() for t in tensors):
             args = mapped(args, Tensor.contiguous)
         sizes = [t.shape for t in tensors]
-        if self._call is None:
-            self._sizes = sizes
-            return self._compile(args)
-        return self._call(*args) if sizes == self._sizes else self._plain(*args)
+        with products.by_onednn():
+            if self._call is None:
+                self._sizes = sizes
+                return self._compile(args)
+            return self._call(*args) if sizes == self._sizes else self._plain(*args)
 
     def _compile(self, args: tuple[Any, ...]) -> Result:
         name = self._plain.__name__.strip("_").replace("_", " ")
@@ -72,11 +73,11 @@ class Compiled(Generic[Result]):
         from torch._inductor import compile as inductor
         from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-        class OneDNN(CustomGraphPass):
+        class Vectors(CustomGraphPass):
             """A pass with the name by which torch knows what it kept on disk."""
 
             def __call__(self, graph: fx.Graph) -> None:
-                products.use_onednn(graph)
+                products.unfold_vectors(graph)
 
             def uuid(self) -> Any:
                 return get_hash_for_files((products.__file__,))
@@ -92,7 +93,7 @@ class Compiled(Generic[Result]):
             # what has many operations is kept rather than computed again per element: the factors
             # of Batch Renormalisation, a number per feature, were made anew for every row
             "realize_opcount_threshold": 5,
-            "post_grad_custom_post_pass": OneDNN() if products.onednn_helps() else None,
+            "post_grad_custom_post_pass": Vectors(),
         }
         programs: list[_Program] = []
 

@@ -1,13 +1,15 @@
-"""Matrix products in a lower precision, and by the faster of torch's two CPU libraries.
+"""Matrix products in a lower precision, and float32 ones by the fastest way torch has on a CPU.
 
 torch takes float32 products on a CPU from MKL, which on AMD processors leaves AVX-512 unused. The
-other library that torch carries, oneDNN, uses it: at CrossQ's sizes it takes 10-35 % less time. No
-setting of torch chooses it for float32, so a pass over compiled graphs does.
+other library that torch carries, oneDNN, uses it: at CrossQ's sizes it takes 10-35 % less time.
+torch gives it to those who let it round factors to bfloat16, which only processors with AMX do.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.autograd.function import once_differentiable
 
-INNER, OUTER = 32, 20  # with smaller sides MKL is faster
 _LIBRARY = torch.library.Library("embodied_rl", "FRAGMENT")
-_LIBRARY.define("onednn_product(Tensor left, Tensor right, Tensor? bias) -> Tensor")
 _LIBRARY.define("round(Tensor x, ScalarType dtype) -> Tensor")
 _LIBRARY.define("rounded_product(Tensor left, Tensor right, Tensor? bias) -> Tensor")
 
@@ -69,33 +69,35 @@ class _Plain:
         return product if bias is None else product.add_(bias)
 
 
-def _onednn_product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None and not left.is_contiguous() and _strided_is_exact():
-        return _strided_product(left, right)
-    return torch.ops.mkldnn._linear_pointwise.default(left, right.t(), bias, "none", [], "")
-
-
-def _strided_product(left: Tensor, right: Tensor) -> Tensor:
-    """By oneDNN with the left factor as it lies in memory; a linear layer's would copy it first.
-
-    torch gives this way to those who let it round factors to bfloat16, which is done only by
-    processors with AMX.
-    """
+@contextmanager
+def by_onednn() -> Iterator[None]:
+    """Float32 products on a CPU come from oneDNN, where it is faster and just as exact."""
+    if not _onednn_helps():
+        yield
+        return
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined] - put there at import
     before, setting.fp32_precision = setting.fp32_precision, "bf16"
     try:
-        return left @ right
+        yield
     finally:
         setting.fp32_precision = before
 
 
 @functools.cache
-def _strided_is_exact() -> bool:
-    """Whether `_strided_product` keeps all 24 bits here; bfloat16 has 8."""
-    if not hasattr(torch.backends.mkldnn, "matmul"):
+def _onednn_helps() -> bool:
+    """Whether this is a CPU with AVX-512 on which oneDNN keeps all 24 bits; bfloat16 has 8."""
+    backend = torch.backends.mkldnn
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not backend.is_available():
+        return False
+    if not hasattr(backend, "matmul"):
         return False  # an earlier torch
     long = torch.full((64, 64), 1 + 2.0**-20)
-    return torch.equal(_strided_product(long.t(), torch.eye(64)), long)
+    setting = backend.matmul  # type: ignore[attr-defined] - put there at import
+    before, setting.fp32_precision = setting.fp32_precision, "bf16"
+    try:
+        return torch.equal(long.t() @ torch.eye(64), long)
+    finally:
+        setting.fp32_precision = before
 
 
 def _product_shape(left: Tensor, right: Tensor, _: Tensor | None) -> Tensor:
@@ -110,46 +112,48 @@ def _rounded_shape(x: Tensor, dtype: torch.dtype) -> Tensor:
 # the ReLU, which then keeps its mask as bytes: everything around it takes six times as long
 _LIBRARY.impl("round", _Plain.round, "CPU")
 _LIBRARY.impl("rounded_product", _Plain.rounded_product, "CPU")
-_LIBRARY.impl("onednn_product", _onednn_product, "CPU")
 torch.library.register_fake("embodied_rl::round", _rounded_shape)
 torch.library.register_fake("embodied_rl::rounded_product", _product_shape)
-torch.library.register_fake("embodied_rl::onednn_product", _product_shape)
 
 
-def use_onednn(graph: fx.Graph) -> None:
-    """Replaces the float32 products of a compiled graph, in place, where oneDNN is faster."""
+def unfold_vectors(graph: fx.Graph) -> None:
+    """Writes the float32 products of a CPU's graph that have a side of 1 as passes over elements.
+
+    The compiler makes them part of the passes before and after; neither library has a fast way.
+    """
+    aten = torch.ops.aten
     for node in list(graph.nodes):
-        if node.target is torch.ops.aten.mm.default:
+        if node.target is aten.mm.default:
             left, right, bias = *node.args, None
-        elif node.target is torch.ops.aten.addmm.default and not node.kwargs:
+        elif node.target is aten.addmm.default and not node.kwargs:
             bias, left, right = node.args
         else:
             continue
-        if not _faster(left.meta["val"], right.meta["val"], bias):
+        value = left.meta["val"]
+        if value.device.type != "cpu" or value.dtype != torch.float32:
             continue
-        product = torch.ops.embodied_rl.onednn_product.default
+        rows, inner, columns = *value.shape, right.meta["val"].shape[1]
+        if 1 not in (rows, inner, columns):
+            continue
+
+        def call(function: Any, *args: Any) -> fx.Node:
+            new = graph.call_function(function, args)
+            new.meta["val"] = function(*fx.map_arg(args, lambda n: n.meta["val"]))
+            return new
+
         with graph.inserting_before(node):
-            new = graph.call_function(product, (left, right, bias))
-        new.meta.update(node.meta)
+            if inner == 1:
+                new = call(aten.mul.Tensor, left, right)
+            elif columns == 1:
+                row = call(aten.permute.default, right, [1, 0])
+                new = call(aten.sum.dim_IntList, call(aten.mul.Tensor, left, row), [1], True)
+            else:
+                column = call(aten.permute.default, left, [1, 0])
+                new = call(aten.sum.dim_IntList, call(aten.mul.Tensor, column, right), [0], True)
+            if bias is not None:
+                new = call(aten.add.Tensor, new, bias)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
-
-
-def _faster(left: Tensor, right: Tensor, bias: fx.Node | None) -> bool:
-    rows, inner, columns = *left.shape, right.shape[1]
-    return (
-        left.device.type == "cpu"
-        and left.dtype == right.dtype == torch.float32
-        and (bias is None or bias.meta["val"].dim() == 1)
-        and inner >= INNER
-        and min(rows, columns) >= OUTER
-    )
-
-
-def onednn_helps() -> bool:
-    """Whether this is a CPU with AVX-512 and a torch with oneDNN."""
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return wide and torch.backends.mkldnn.is_available()
 
 
 def fast_bfloat16() -> bool:

@@ -165,10 +165,10 @@ MUTATIONS = (
         "gamma * chunk",
     ),
     Mutation(
-        "onednn-without-bias",
+        "vector-without-bias",
         "products.py",
-        "right.t(), bias, ",
-        "right.t(), None, ",
+        "if bias is not None:",
+        "if bias is None:",
         ("test_products.py",),
     ),
     Mutation(

@@ -1,4 +1,4 @@
-"""Products of a lower precision, and the float32 ones that a compiled update takes from oneDNN."""
+"""Products of a lower precision, and the float32 ones of a compiled update."""
 
 import shutil
 
@@ -94,41 +94,50 @@ def test_critics_score_alike_in_bfloat16(make_sac, make_batch, head):
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.wide, self.narrow = nn.Linear(48, 64), nn.Linear(64, 2)
+        self.wide, self.mean, self.value = nn.Linear(48, 64), nn.Linear(64, 1), nn.Linear(1, 32)
 
     def step(self, x: Tensor) -> list[Tensor]:
-        loss = self.narrow(F.relu(self.wide(x))).square().mean()
+        loss = self.value(F.relu(self.mean(F.relu(self.wide(x))))).square().mean()
         return [loss.detach(), *torch.autograd.grad(loss, list(self.parameters()))]
 
 
-@pytest.mark.skipif(not products.onednn_helps(), reason="needs a CPU with AVX-512")
-def test_a_transposed_factor_is_neither_rounded_nor_copied():
-    """Seen: 4e-5 against double precision; factors of 8 bits would be off by some 0.3."""
+@pytest.mark.skipif(not products._onednn_helps(), reason="needs AVX-512 without AMX")
+@pytest.mark.parametrize("inner", [17, 23, 256, 1024])
+@pytest.mark.parametrize("rows", [256, 512])
+@pytest.mark.parametrize("turned", ["neither", "left", "right"])
+def test_onednn_does_not_round_the_factors(rows, inner, turned):
+    """21 bits of each number: rounded to bfloat16 they would be ones. Exact, as are the sums."""
     torch.manual_seed(0)
-    left, right = torch.randn(512, 48).t(), torch.randn(512, 64)
+    long = torch.full((rows, inner), 1 + 2.0**-20)
+    choice = torch.nn.functional.one_hot(torch.randint(inner, (256,)), inner).float().t()
+    if turned == "left":
+        long = long.t().contiguous().t()
+    elif turned == "right":
+        choice = choice.t().contiguous().t()
     before = torch.backends.mkldnn.matmul.fp32_precision
-    with torch.profiler.profile() as profile:
-        product = torch.ops.embodied_rl.onednn_product.default(left, right, None)
+    with products.by_onednn():
+        assert torch.backends.mkldnn.matmul.fp32_precision != before
+        product = long @ choice
     assert torch.backends.mkldnn.matmul.fp32_precision == before
-    exact = left.double() @ right.double()
-    torch.testing.assert_close(product.double(), exact, rtol=0, atol=2e-4)
-    names = {event.name for event in profile.events()}
-    assert "aten::mm" in names or not products._strided_is_exact()  # AMX would round
-    assert not (products._strided_is_exact() and names & {"aten::copy_", "aten::clone"})
+    assert torch.equal(product, torch.full((rows, 256), 1 + 2.0**-20))
 
 
 @pytest.mark.e2e
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-@pytest.mark.skipif(not products.onednn_helps(), reason="needs a CPU with AVX-512")
-def test_large_products_of_a_compiled_step_are_onednns():
-    """Of five products two are large: the wide layer's own and that of its weight's gradient."""
+def test_products_with_vectors_become_passes_over_elements(capfd):
+    """Of eight products six have a side of 1; the others are oneDNN's where that helps."""
     torch.manual_seed(0)
-    net, x = Net(), torch.randn(40, 48)
+    net = Net()
     step = Compiled(net.step, print)
-    step(x)
+    step(torch.randn(40, 48))
+    x = torch.randn(40, 48)
     with torch.profiler.profile() as profile:
         result = step(x)
     names = [event.name for event in profile.events()]
-    assert names.count("embodied_rl::onednn_product") == 2
+    assert names.count("aten::mm") + names.count("aten::addmm") == 2
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+        step(x)
+    done = capfd.readouterr().out.count("exec,cpu,matmul")
+    assert done == (2 if products._onednn_helps() else 0)
     for ours, theirs in zip(result, net.step(x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

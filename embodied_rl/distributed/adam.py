@@ -44,7 +44,7 @@ def _adam(
         weight_decay: decoupled (Loshchilov and Hutter 2019); 0 for none.
     """
     kernel = torch.ops.aten._fused_adamw_ if weight_decay > 0 else torch.ops.aten._fused_adam_
-    kernel(
+    kernel.tensor_lr(
         parameters,
         gradients,
         exp_avgs,
