@@ -33,22 +33,31 @@ class Compiled(Generic[Result]):
     def __init__(self, function: Callable[..., Result], say: Callable[[str], None]) -> None:
         self._plain, self._say = function, say
         self._call: Callable[..., Result] | None = None
-        self._sizes: list[torch.Size] = []
+        self._kinds: list[tuple[torch.Size, torch.dtype, torch.device]] = []
+        self._told = False  # that some arguments were of other kinds
 
     def __call__(self, *args: Any) -> Result:
         """Calls the function; the first time, compiles it."""
         tensors = tensors_of(args)
         if not all(t.is_contiguous() for t in tensors):
             args = mapped(args, Tensor.contiguous)
-        sizes = [t.shape for t in tensors]
-        with products.by_onednn():
-            if self._call is None:
-                self._sizes = sizes
-                return self._compile(args)
-            return self._call(*args) if sizes == self._sizes else self._plain(*args)
+        kinds = [(t.shape, t.dtype, t.device) for t in tensors]
+        if self._call is None:
+            self._kinds = kinds
+            return self._compile(args)
+        if kinds == self._kinds or self._call is self._plain:
+            return self._call(*args)
+        if not self._told:
+            self._told = True
+            self._say(f"warning: {self._name} of other sizes than the first runs as it is, slower")
+        return self._plain(*args)
+
+    @property
+    def _name(self) -> str:
+        return self._plain.__name__.strip("_").replace("_", " ")
 
     def _compile(self, args: tuple[Any, ...]) -> Result:
-        name = self._plain.__name__.strip("_").replace("_", " ")
+        name = self._name
         self._say(f"compiling: {name} (train.compile; torch keeps it for the next run)")
         from torch._dynamo.exc import TorchDynamoException  # here: it takes seconds to import
 
@@ -86,7 +95,7 @@ class Compiled(Generic[Result]):
             # noise as torch itself draws it: the same numbers as without compiling
             "fallback_random": True,
             # asking for the size of every tensor takes 4 % of an update; `Compiled` asks for those
-            # of the arguments, the others are the learner's own
+            # of the arguments, the others are the learner's own or what operations returned
             "size_asserts": False,
             "alignment_asserts": False,
             "compile_threads": 1,  # no processes of its own, which Ctrl-C would hit too
@@ -98,8 +107,8 @@ class Compiled(Generic[Result]):
         programs: list[_Program] = []
 
         def backend(graph: fx.GraphModule, inputs: list[Any]) -> _Program:
-            run: Any = inductor(graph, inputs, options)
-            programs.append(_Program(run))
+            compiled: Any = inductor(graph, inputs, options)
+            programs.append(_Program(compiled))
             return programs[-1]
 
         # asking at each call whether settings are still the same takes half a millisecond
@@ -114,23 +123,27 @@ class Compiled(Generic[Result]):
             autograd_config.patch(autograd_cache_allow_custom_autograd_functions=True),
         ):
             result = fast(*args)
-        (program,) = programs
-        return _recorded(program, args, result) or fast, result
+        recorded = _recorded(programs[0], args, result) if len(programs) == 1 else None
+        return recorded or fast, result
 
 
 class _Program:
     """What the compiler made of a graph; remembers what it was first called with."""
 
-    def __init__(self, run: Callable[..., Sequence[Tensor]]) -> None:
-        self.run = run
+    def __init__(self, compiled: Callable[..., Sequence[Tensor]]) -> None:
+        self._compiled = compiled
         self.inputs: list[Tensor] = []
         self.outputs: list[Tensor] = []
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
-        outputs = self.run(*inputs)
+        outputs = self.run(inputs)
         if not self.inputs:
             self.inputs, self.outputs = list(inputs), list(outputs)
         return outputs
+
+    def run(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        with products.by_onednn():
+            return self._compiled(*inputs)
 
 
 def _recorded(
@@ -147,20 +160,29 @@ def _recorded(
         result: of that call.
 
     Returns:
-        None where some of what the program computes is not in the result.
+        None where some of what the program computes is not in the result, or the program reads an
+        argument's memory through another tensor.
     """
-    inputs, computed = program.inputs, {id(t): i for i, t in enumerate(program.outputs)}
+    inputs, computed = program.inputs.copy(), {id(t): i for i, t in enumerate(program.outputs)}
     given = {id(tensor): i for i, tensor in enumerate(tensors_of(args))}
     varying = [(i, given[id(t)]) for i, t in enumerate(inputs) if id(t) in given]
     leaves = {id(t) for t in tensors_of(result)}
     if leaves != computed.keys() | (leaves & given.keys()):
         return None  # something is kept elsewhere, or was there before
+    memory = {t.untyped_storage().data_ptr() for t in tensors_of(args)}
+    fixed = [t for t in inputs if id(t) not in given]
+    hidden = memory & {t.untyped_storage().data_ptr() for t in fixed} - {0}
+    if hidden or len(given) < len(tensors_of(args)):
+        return None
+    for position, _ in varying:
+        inputs[position] = inputs[position].new_empty(0)  # the first batch need not be kept
+    program.inputs, program.outputs = [], []
 
     def call(*args: Any) -> Result:
         arguments, tensors = tensors_of(args), inputs.copy()
         for position, i in varying:
             tensors[position] = arguments[i]
-        outputs = program.run(*tensors)
+        outputs = program.run(tensors)
 
         def present(tensor: Tensor) -> Tensor:
             i = computed.get(id(tensor))

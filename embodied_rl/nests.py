@@ -33,9 +33,9 @@ def tensors_of(value: Any) -> list[Tensor]:
 def _collect(value: Any, found: list[Tensor]) -> None:
     if isinstance(value, Tensor):
         found.append(value)
-    elif dataclasses.is_dataclass(value):
-        for inner in vars(value).values():
-            _collect(inner, found)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for name in value.__dataclass_fields__:
+            _collect(getattr(value, name), found)
     elif isinstance(value, dict):
         for inner in value.values():
             _collect(inner, found)

@@ -32,7 +32,7 @@ class Linear(nn.Linear):
     def forward(
         self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
     ) -> Tensor:
-        """Returns x [B, I] @ weight^T + bias, [B, O]; of x * scale + shift [I] where given."""
+        """Returns x [B, I] @ weight^T + bias, [B, O]; of x * scale + shift where both are given."""
         weight, bias = self.weight, self.bias
         if scale is not None and shift is not None:
             weight, bias = weight * scale, bias + (weight * shift).sum(1)
@@ -46,7 +46,8 @@ class MLP(nn.Sequential):
 
     While the input's Batch Renormalisation trains, its scale and shift go into the weights of the
     layer behind it: the same function, but their gradients come from those weights' and not from a
-    product of its own over the whole batch.
+    product of its own over the whole batch. Where the input wants a gradient that product is needed
+    anyway.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.autograd.function import once_differentiable
 
-WIDE = 512  # columns above which their sums over rows, a page or more apart, are faster by MKL
+WIDE = 512  # columns above which the compiler's sums over rows, a page apart at 1024, are slow
 _LIBRARY = torch.library.Library("embodied_rl", "FRAGMENT")
 _LIBRARY.define("round(Tensor x, ScalarType dtype) -> Tensor")
 _LIBRARY.define("rounded_product(Tensor left, Tensor right, Tensor? bias) -> Tensor")
@@ -92,11 +92,17 @@ def _onednn_helps() -> bool:
         return False
     if not hasattr(backend, "matmul"):
         return False  # an earlier torch
-    long = torch.full((64, 64), 1 + 2.0**-20)
     setting = backend.matmul  # type: ignore[attr-defined] - put there at import
     before, setting.fp32_precision = setting.fp32_precision, "bf16"
     try:
-        return torch.equal(long.t() @ torch.eye(64), long)
+        longs = [torch.full((rows, inner), 1 + 2.0**-20) for rows, inner in ((64, 64), (256, 512))]
+        ones = [torch.eye(long.shape[1]) for long in longs]
+        turned = [long.t().contiguous().t() for long in longs]
+        return all(
+            torch.equal(left @ one, long)
+            for long, other, one in zip(longs, turned, ones, strict=True)
+            for left in (long, other)
+        )
     finally:
         setting.fp32_precision = before
 

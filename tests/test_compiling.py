@@ -151,6 +151,20 @@ def test_what_is_not_changed_in_place_is_left_to_torch():
 
 @pytest.mark.e2e
 @needs_compiler
+def test_one_tensor_given_twice_is_two_arguments_later():
+    step = Compiled(_difference, lambda text: None)
+    x, y = torch.ones(3), torch.arange(3.0)
+    assert step(x, x).tolist() == [0, 0, 0] == step(y, y).tolist()
+    step = Compiled(_difference, lambda text: None)
+    assert [step(a, b).tolist() for a, b in ((x, y), (y, x))] == [[1, 0, -1], [-1, 0, 1]]
+
+
+def _difference(a, b):
+    return a - b
+
+
+@pytest.mark.e2e
+@needs_compiler
 def test_a_compiled_learner_goes_on_from_what_is_loaded(make_sac, make_batch):
     """Checkpoints are written into the tensors that the program knows."""
     compiled, other = make_sac("critic.hidden=[8]"), make_sac("critic.hidden=[8]")

@@ -757,6 +757,27 @@ def test_batches_read_together_are_those_read_one_by_one(
     assert all(t.is_contiguous() for t in tensors_of(several))
 
 
+def test_a_lost_trajectory_among_batches_read_together(
+    make_replay, make_trajectory, tmp_path, monkeypatch
+):
+    """The batches before the first that holds it are those that one by one would have been."""
+
+    def run(name, most):
+        monkeypatch.setattr(ahead, "MOST", most)
+        fill(make_replay(name=name), make_trajectory, [2] * 8).state_dict()
+        victim = segments(tmp_path / name)[1]
+        data = bytearray(victim.read_bytes())
+        data[-1] ^= 1
+        victim.write_bytes(data)
+        replay = make_replay("enable_cache=false", name=name)
+        batches = [replay.sample(1) for _ in range(40)]
+        assert len(replay.problems) == 1
+        return batches
+
+    both = zip(run("a", 8), run("b", 1), strict=True)
+    assert all(same_batch(a, b) for a, b in both)
+
+
 def test_large_batches_are_read_one_by_one(make_replay, make_trajectory, monkeypatch):
     replay = fill(make_replay(), make_trajectory, [4] * 3)
     replay.sample(8)

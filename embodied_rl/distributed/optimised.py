@@ -67,8 +67,8 @@ class Optimised(Trainable, ABC):
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:
-    """The norm of all gradients together, as torch.nn.utils.get_total_norm computes it."""
-    if torch.compiler.is_compiling():  # as sums, which the compiler fuses; 25 tensors else
+    """The norm of all gradients together."""
+    if torch.compiler.is_compiling():  # the compiler fuses sums, not one operation on a list
         return torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
     return torch.nn.utils.get_total_norm(gradients)
 

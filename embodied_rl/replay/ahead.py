@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from embodied_rl.replay.damage import LostError
 from embodied_rl.replay.gather import Draw
 
 MOST = 8  # batches
@@ -47,7 +48,8 @@ class Ahead:
         """Returns the rows of the next batch of n.
 
         Raises:
-            LostError: what `gather` raised; nothing is ahead then, and the draws are not undone.
+            LostError: the next batch holds a lost trajectory; its draw is not undone.
+            Exception: what else `draw` or `gather` raised; nothing was drawn then.
         """
         if n != self._size:
             self.forget(rewind=True)
@@ -70,14 +72,17 @@ class Ahead:
         # as many as were used in a row so far: where trajectories come often, few are in vain
         fit = MOST if self._bytes is None else ROOM // max(self._bytes, 1)
         count = max(1, min(self._count, fit, MOST))
-        draws = []
-        for _ in range(count):
-            self._states.append(self._rng.bit_generator.state)
-            draws.append(self._draw(n))
         try:
-            rows = self._gather(joined(draws))
+            rows = self._gather(self._several(n, count))
+        except LostError:
+            if count > 1:  # perhaps not the next one is concerned
+                self.forget(rewind=True)
+                self._read(n)
+                return
+            self._states.clear()  # as ever, a draw of what is lost is not undone
+            raise
         except BaseException:
-            self._states.clear()
+            self.forget(rewind=True)
             raise
         self._bytes = sum(v.numel() * v.element_size() for v in rows.values()) // count
         if count == 1:
@@ -85,6 +90,13 @@ class Ahead:
             return
         parts = {name: value.unflatten(0, (count, n)).unbind(0) for name, value in rows.items()}
         self._rows.extend({name: part[i] for name, part in parts.items()} for i in range(count))
+
+    def _several(self, n: int, count: int) -> Draw:
+        draws = []
+        for _ in range(count):
+            self._states.append(self._rng.bit_generator.state)
+            draws.append(self._draw(n))
+        return joined(draws)
 
 
 def joined(draws: list[Draw]) -> Draw:

@@ -98,7 +98,7 @@ class TrajectoryReplay(ReplayBuffer):
         Raises:
             ReplayNotReady: fewer than `min_buffer_size` trajectories.
         """
-        if not self._ahead:
+        if len(self._ahead) == 0:
             self._check_ready()
         while True:
             try:
