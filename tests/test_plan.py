@@ -205,8 +205,8 @@ def test_flops_of_an_update_by_hand():
     sampling = 2 * B * ACTOR_MACS
     acting = 2 * B * (3 * ACTOR_MACS - first_actor) + K * 2 * B * 2 * CRITIC_MACS
     learning = 2 * B * (3 * CRITIC_MACS - first_critic)
-    # in CrossQ both halves of the batch, and the scale before its first layer learns too
-    joint = sampling + 2 * K * 2 * B * 3 * CRITIC_MACS
+    # in CrossQ both halves of the batch; the input's scale learns through the first layer's weights
+    joint = sampling + 2 * K * learning
     separate = sampling + K * (learning + 2 * B * CRITIC_MACS)
     for head, critic in (("crossq", joint), ("default", separate)):
         found = planned(f"algorithm.q_head_type={head}")
