@@ -44,7 +44,9 @@ def ours(case: argparse.Namespace) -> Step:
     import torch
 
     from embodied_rl import builders
+    from embodied_rl.collecting_process import open_env
     from embodied_rl.config import Config
+    from embodied_rl.distributed import Ranks
     from embodied_rl.load_config import load_config
     from embodied_rl.stopping import StopRequest
     from embodied_rl.trainer import Trainer
@@ -86,10 +88,10 @@ def ours(case: argparse.Namespace) -> Step:
     torch.set_num_threads(config.train.threads)
     torch.manual_seed(0)
     device = torch.device("cpu")
-    env = builders.build_env(config.env, case.envs, device)
+    folder = tempfile.TemporaryDirectory()
+    env = open_env(config, device, config.seed, Ranks(), Path(folder.name))
     atexit.register(env.close)  # else its processes are waited for
     policy = builders.build_policy(config, env.spec, device)
-    folder = tempfile.TemporaryDirectory()
     trainer = Trainer(config, Path(folder.name), env, policy, device, StopRequest())
     trainer.logger.open(0)
     trainer._start()
