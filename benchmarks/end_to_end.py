@@ -46,6 +46,7 @@ def ours(case: argparse.Namespace) -> Step:
     from embodied_rl import builders
     from embodied_rl.collecting_process import open_env
     from embodied_rl.config import Config
+    from embodied_rl.cores import settle
     from embodied_rl.distributed import Ranks
     from embodied_rl.load_config import load_config
     from embodied_rl.stopping import StopRequest
@@ -85,9 +86,11 @@ def ours(case: argparse.Namespace) -> Step:
         modes = ("obs_mode", "control_mode", "reward_mode", "sim_backend")
         words += [f"env.{mode}={MANISKILL[mode]}" for mode in modes]
     config, _ = load_config(Config, words)
+    device = torch.device("cpu")
+    config = settle(config, device.type)
+    assert config.train.threads is not None
     torch.set_num_threads(config.train.threads)
     torch.manual_seed(0)
-    device = torch.device("cpu")
     folder = tempfile.TemporaryDirectory()
     env = open_env(config, device, config.seed, Ranks(), Path(folder.name))
     atexit.register(env.close)  # else its processes are waited for

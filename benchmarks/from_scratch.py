@@ -167,7 +167,7 @@ def parse(config: Config) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=256, help="sb3-contrib: 256")
     parser.add_argument("--critic-width", type=int, default=1024, help="sb3-contrib: 1024")
     parser.add_argument("--actor-width", type=int, default=256, help="sb3-contrib: 256")
-    parser.add_argument("--threads", type=int, default=config.train.threads, help="of torch")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--eval-envs", type=int, default=2, help="processes that evaluate")
     parser.add_argument("--device", default="cpu", help="of the networks: cpu, cuda, auto")
     args = parser.parse_args()

@@ -48,6 +48,7 @@ def collect(
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group, meant for the learner
         signal.signal(number, signal.SIG_IGN)
+    assert config.train.threads is not None, "cores.settle"
     torch.set_num_threads(config.train.threads)
     inbox, outbox = Inbox(Channel(pipe)), Outbox(Channel(pipe))
     env = None

@@ -128,7 +128,7 @@ class Collector:
     @property
     def deciding(self) -> np.ndarray:
         """Environments whose next step needs a new decision."""
-        return np.flatnonzero(self._episodes.undecided)
+        return self._episodes.undecided.nonzero()[0]
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -136,7 +136,8 @@ class Collector:
         assert self._obs is not None, "call start() first"
         deciding = self.deciding
         if len(deciding):
-            obs = {k: v[torch.from_numpy(deciding)].to(self.device) for k, v in self._obs.items()}
+            everyone, at = len(deciding) == self.env.num_envs, torch.from_numpy(deciding)
+            obs = {k: (v if everyone else v[at]).to(self.device) for k, v in self._obs.items()}
             features = self.policy.encode(obs)
             chosen = self._explore(features)
             chunks = self.policy.decode(features, chosen)
@@ -171,19 +172,20 @@ class Collector:
         result, self._arrived = self._arrived, None
         assert result is not None
         arrived = {f"obs.{k}": v for k, v in result.obs.items()}
-        arrived |= {f"final_obs.{k}": v for k, v in result.final_obs.items()}
+        if result.final_obs is not result.obs:
+            arrived |= {f"final_obs.{k}": v for k, v in result.final_obs.items()}
         self._check("in the step of the environments", {"reward": result.reward, **arrived})
         self._obs = result.obs
         self.env_steps += self.env.num_envs * self.ranks.world
         flags = {name: getattr(result, name).cpu().numpy() for name in FLAGS}
         lost, ended = result.restarted.cpu().numpy(), flags["terminated"] | flags["truncated"]
-        for env in np.flatnonzero(lost).tolist():
+        for env in lost.nonzero()[0].tolist():
             self._drop(env)
-        envs = np.flatnonzero(~lost)
+        envs = (~lost).nonzero()[0]
         self._episodes.book(envs, result.reward.cpu().numpy()[envs], flags["success"][envs])
-        decided = np.flatnonzero(~lost & (ended | self._episodes.undecided))
+        decided = (~lost & (ended | self._episodes.undecided)).nonzero()[0]
         self._episodes.finish_decisions(decided, {k: v[decided] for k, v in flags.items()})
-        finished = np.flatnonzero(~lost & ended)
+        finished = (~lost & ended).nonzero()[0]
         if len(finished):
             self._finish_episodes(finished, result.final_obs, flags["success"])
 

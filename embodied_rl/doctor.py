@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from embodied_rl import apt, vulkan
+from embodied_rl.cores import usable_cores
 
 OK, WARN, MISSING = "ok", "warn", "missing"
 CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints.txt"
@@ -115,8 +116,8 @@ def torch_rows() -> list[Row]:
         )
     else:
         rows.append(Row("torchvision", OK, "not installed, not needed"))
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    rows.append(Row("CPU", OK, f"{usable} cores usable, torch threads: {threads or 'unknown'}"))
+    found = f"{usable_cores()} cores usable, torch threads: {threads or 'unknown'}"
+    rows.append(Row("CPU", OK, found))
     return rows
 
 

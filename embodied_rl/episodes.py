@@ -35,6 +35,7 @@ class Episodes:
 
     def __init__(self, num_envs: int, execute: int, home: torch.device) -> None:
         self._execute, self._home = execute, home
+        self._everyone = torch.arange(num_envs)
         self.steps, self.rows = np.zeros(num_envs, np.int64), np.zeros(num_envs, np.int64)
         self.totals, self.onces = np.zeros(num_envs), np.zeros(num_envs, np.bool_)
         self._left = np.zeros(num_envs, np.int64)  # actions of the plan still to execute
@@ -68,7 +69,7 @@ class Episodes:
         if self._plan is None:
             shape = (len(self), *plan.shape[1:])
             self._plan = torch.zeros(shape, dtype=plan.dtype, device=self._home)
-        self._plan[torch.from_numpy(envs)] = plan.to(self._home)
+        self._plan.index_put_((torch.from_numpy(envs),), plan.to(self._home))
         self._left[envs] = self._execute
         self._outcomes["reward"].numpy()[envs, self.rows[envs]] = 0
 
@@ -77,7 +78,7 @@ class Episodes:
         assert self._plan is not None
         at = torch.from_numpy(self._execute - self._left)
         self._left -= 1
-        return self._plan[torch.arange(len(self)), at]
+        return self._plan[self._everyone, at]
 
     def book(self, envs: np.ndarray, reward: np.ndarray, success: np.ndarray) -> None:
         """Counts one executed step of some environments; reward and success are [n]."""
@@ -123,7 +124,7 @@ class Episodes:
             if name not in self._decisions:
                 shape = (len(self), self._capacity, *value.shape[1:])
                 self._decisions[name] = torch.zeros(shape, dtype=value.dtype, device=self._home)
-            self._decisions[name][at] = value.to(self._home)
+            self._decisions[name].index_put_(at, value.to(self._home))
 
     def _reserve(self, rows: int) -> None:
         """Makes room for so many rows."""

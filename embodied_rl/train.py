@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from embodied_rl import cli
 from embodied_rl.config import Config
+from embodied_rl.cores import settle
 from embodied_rl.envs.fork_server import start_early
 from embodied_rl.errors import UserError
 from embodied_rl.load_config import CONFIG, load_config, load_run_config, save_config
@@ -40,13 +41,23 @@ def main(args: list[str]) -> int:
     from embodied_rl import builders, elastic
     from embodied_rl.collecting_process import open_env
     from embodied_rl.demonstrations import demo_folder
-    from embodied_rl.distributed import choose_engine, join, leave, share, train_command
+    from embodied_rl.distributed import (
+        choose_engine,
+        join,
+        leave,
+        neighbours,
+        share,
+        train_command,
+    )
     from embodied_rl.policy import find_policy
     from embodied_rl.stopping import StopRequest
     from embodied_rl.trainer import Trainer
 
-    torch.set_num_threads(config.train.threads)
     ranks, device_name = join(config.device, config.train.rank_timeout)
+    device = builders.build_device(device_name)
+    config = settle(config, device.type, neighbours())
+    assert config.train.threads is not None
+    torch.set_num_threads(config.train.threads)
     engine = choose_engine(config.train, ranks)  # refuses early, before simulators start
     part = share(config, ranks)
     first = ranks.rank == 0
@@ -57,7 +68,6 @@ def main(args: list[str]) -> int:
     own_dir = elastic.own_folder(run_dir, ranks.rank, ranks.world)
     deal = elastic.deal(run_dir, ranks, config.seed) if resume else None
     torch.manual_seed(config.seed)  # the same networks everywhere
-    device = builders.build_device(device_name)
     for key, choice in without_effect(config, given).items() if first else ():
         print(f"note: {key} has no effect with {choice}")
     if config.policy.path is not None:
@@ -155,10 +165,11 @@ def _announce(
 ) -> None:
     verb = "resuming" if resume else "finetuning"
     where = f"{device}, {world} processes, {engine}" if world > 1 else str(device)
+    threads = f"{config.train.threads} thread{'' if config.train.threads == 1 else 's'}"
     print(
         f"{verb} {config.policy.path or 'a fresh policy'} on {config.env.name} with "
         f"q_head_type={config.algorithm.q_head_type} ({config.env.num_envs} environments, "
-        f"{config.train.total_steps:,} steps, {where})\nrun folder: {run_dir}",
+        f"{config.train.total_steps:,} steps, {where}, {threads})\nrun folder: {run_dir}",
         flush=True,
     )
 

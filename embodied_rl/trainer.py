@@ -34,7 +34,8 @@ class Trainer:
     """Finetunes one policy in one environment.
 
     Args:
-        config: the run's config; of several processes this one's share of it (`distributed.share`).
+        config: the run's, settled (`cores.settle`); of several processes this one's share of it
+            (`distributed.share`).
         run_dir: an existing run folder; of several processes this one's own.
         env: training environments; for `rollout.asynchronous`, the process that has them.
         policy: backbone and actor; what is evaluated and saved is its average over updates.

@@ -150,7 +150,8 @@ class StepResult:
         terminated: [N] bool, the task ended in a state with no future.
         truncated: [N] bool, the time limit cut the episode.
         success: [N] bool, the task's success condition holds after this step.
-        final_obs: observations after this step before any autoreset, [N, ...].
+        final_obs: observations after this step before any autoreset, [N, ...]; may be `obs` itself
+            where no episode ended.
         restarted: [N] bool, the environment itself was lost (its process died or hung) and is back
             in its next episode, whose first observation is in `obs`. The episode it was in is to be
             dropped: reward, flags and final_obs of such an environment mean nothing.

@@ -19,6 +19,7 @@ import torch
 
 from embodied_rl import builders
 from embodied_rl.config import Config
+from embodied_rl.cores import settle
 from embodied_rl.errors import UserError
 from embodied_rl.interfaces import Backbone
 from embodied_rl.load_config import load_config, save_config
@@ -107,10 +108,12 @@ def main() -> None:
     )
     run_dir = args.out / "run"
     run_dir.mkdir()
-    save_config(config, run_dir / "config.yaml")
+    device = builders.build_device(config.device)
+    config = settle(config, device.type)
+    assert config.train.threads is not None
     torch.set_num_threads(config.train.threads)
     torch.manual_seed(config.seed)
-    device = builders.build_device(config.device)
+    save_config(config, run_dir / "config.yaml")
     env = builders.build_env(config.env, config.env.num_envs, device)
     try:
         with StopRequest() as stop:

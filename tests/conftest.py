@@ -32,6 +32,7 @@ TINY = (
     "policy.cache_features=true",
     "algorithm.demo.fraction=0",
     "train.compile=never",
+    "train.threads=1",
     "algorithm.batch_size=16",
     "algorithm.gamma=0.8",
     "algorithm.n_step=1",

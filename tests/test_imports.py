@@ -16,7 +16,7 @@ LAYERS = (
     ("allowed",),
     ("validate",),
     ("load_config",),
-    ("interfaces",),
+    ("interfaces", "cores"),
     ("schedules", "averaging", "manifest", "products", "nests"),
     ("batch_renorm", "compiling", "cuda_graphs"),
     ("nn",),

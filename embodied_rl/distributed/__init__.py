@@ -5,7 +5,7 @@ The only place that may import accelerate, deepspeed or torch.distributed.
 
 from embodied_rl.distributed.choice import EngineChoice, choose_engine
 from embodied_rl.distributed.ddp import DdpEngine
-from embodied_rl.distributed.launch import join, leave, own_gpu, train_command
+from embodied_rl.distributed.launch import join, leave, neighbours, own_gpu, train_command
 from embodied_rl.distributed.local import LocalEngine, LocalTrainable
 from embodied_rl.distributed.optimised import Optimised
 from embodied_rl.distributed.ranks import Ranks
@@ -21,6 +21,7 @@ __all__ = [
     "choose_engine",
     "join",
     "leave",
+    "neighbours",
     "own_gpu",
     "share",
     "share_replay",

@@ -54,6 +54,11 @@ def join(device: str, timeout: float) -> tuple[Ranks, str]:
     return Ranks(Presence(PrefixStore("presence", store), rank, world), patience), device
 
 
+def neighbours() -> int:
+    """Processes of the run on this machine, this one included."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def own_gpu(device: str) -> str:
     """The GPU of this process among those of its machine, where any of them would do."""
     visible = torch.cuda.device_count()

@@ -168,11 +168,12 @@ class WorkerVecEnv(VecEnv):
         reward, terminated, truncated, success = (
             torch.from_numpy(table[name].copy()) for name in ("reward", *FLAGS)
         )
-        for i, ended in enumerate((terminated | truncated).tolist()):
-            if not restarted[i]:
-                self._remember(i, ended)
+        ended, lost = (table["terminated"] | table["truncated"]).tolist(), restarted.tolist()
+        for i in range(self.num_envs):
+            if not lost[i]:
+                self._remember(i, ended[i])
         self._shown = self._obs(table, "obs")
-        final = self._obs(table, "final")
+        final = self._obs(table, "final") if any(ended) else self._shown
         return StepResult(self._shown, reward, terminated, truncated, success, final, restarted)
 
     def _remember(self, i: int, ended: bool) -> None:
