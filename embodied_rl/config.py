@@ -266,8 +266,7 @@ class TrainConfig:
     log_interval: int = 500  # env steps between metric records
     diagnostics: bool = True  # Q bias, dormant units, clip fractions, weight norms per record
     guard: bool = True  # stop at the first NaN or infinity and save the batch; false: train on
-    # of torch; null: one for each core that simulators leave free, at most 4
-    threads: Optional[int] = None
+    threads: Optional[int] = None  # of torch; null: cores that simulators leave free, at most 4
     # compiled updates (20 s, kept by torch): auto (from 20,000 updates) | always | never
     compile: str = "auto"
     cuda_graphs: bool = False  # on a GPU: each step of the learner recorded, then one launch
