@@ -12,7 +12,7 @@ import torch
 from mani_skill import logger
 
 from embodied_rl.config import EnvConfig
-from embodied_rl.envs import maniskill_poses
+from embodied_rl.envs import maniskill_actions, maniskill_contacts, maniskill_poses
 from embodied_rl.envs.host import SingleEnv
 from embodied_rl.envs.maniskill_task import choose, hide, open_task, refusals, time_limit
 from embodied_rl.envs.mixture import MixtureEnv
@@ -103,7 +103,8 @@ class ManiSkillEnv:
 
     def __init__(self, config: EnvConfig, render_backend: str = "cpu") -> None:
         logger.setLevel(logging.ERROR)  # its warnings on absent GPUs repeat in every worker
-        maniskill_poses.install()
+        for sooner in (maniskill_poses, maniskill_contacts, maniskill_actions):
+            sooner.install()
         self._config, self._ignore_terminations = config, config.ignore_terminations
         with refusals(config):
             self._env = open_task(config, 1, config.sim_backend, render_backend)

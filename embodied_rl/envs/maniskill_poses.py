@@ -1,13 +1,15 @@
 """ManiSkill's arithmetic of poses for simulation on the CPU: the same numbers, sooner.
 
-A step of PickCube on a CPU is one part physics and eight parts torch operations on single
-quaternions, a microsecond of work at ten of overhead each. numpy does several of them at a time,
-in the same order and precision, so that results are equal bit for bit (tests/test_maniskill.py).
-Only `maniskill.py` may use this.
+A step of PickCube on a CPU is one part physics and several parts torch operations on single
+quaternions, a tenth of a microsecond of work at several of overhead each. Here they are written out
+in numpy's scalars, in the same order and precision, so that results are equal bit for bit
+(tests/test_maniskill_poses.py). There is one pose at a time on a CPU; several, or what is on a GPU,
+are left to ManiSkill. Only `maniskill.py` and its like may use this.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +19,9 @@ from mani_skill.utils.geometry import rotation_conversions
 from mani_skill.utils.structs import pose as pose_module
 from mani_skill.utils.structs.pose import Pose
 
-# (a b) component c = sum over k of a[k] * b[SECOND[k, c]] * SIGN[k, c], added in the order of k
-SECOND = np.array([[0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 0, 1], [3, 2, 1, 0]])
-SIGN = np.array([[1, 1, 1, 1], [-1, 1, -1, 1], [-1, 1, 1, -1], [-1, -1, 1, 1]], np.float32)
 CPU = torch.device("cpu")
-CONJUGATE = np.array([1, -1, -1, -1], np.float32)
+ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
+Numbers = Sequence[np.float32]
 
 _multiply = rotation_conversions.quaternion_raw_multiply
 _apply = rotation_conversions.quaternion_apply
@@ -40,98 +40,109 @@ def install() -> None:
 
 def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The product of quaternions [..., 4], real part first."""
-    if not (_plain(a) and _plain(b)):
+    left, right = row_of(a, 4), row_of(b, 4)
+    if left is None or right is None or a.ndim != b.ndim:
         return _multiply(a, b)
-    return torch.from_numpy(_product(a.numpy(), b.numpy()))
+    return torch.from_numpy(np.array(_product(left, right), np.float32)).view(a.shape)
 
 
 def apply(quaternion: torch.Tensor, point: torch.Tensor) -> torch.Tensor:
     """Points [..., 3] turned by quaternions [..., 4]."""
-    if not (_plain(quaternion) and _plain(point)) or point.shape[-1] != 3:
+    turn, place = row_of(quaternion, 4), row_of(point, 3)
+    if turn is None or place is None or quaternion.ndim != point.ndim:
         return _apply(quaternion, point)
-    return torch.from_numpy(_turned(quaternion.numpy(), point.numpy()))
+    return torch.from_numpy(np.array(_turned(turn, place), np.float32)).view(point.shape)
 
 
 def create(cls: type[Pose], pose: Any, device: Any = None) -> Pose:
-    """A batch of poses out of what the simulator gives."""
-    if isinstance(pose, sapien.Pose) and _on_cpu(device):
-        return cls(raw_pose=torch.from_numpy(_rows([pose])))
-    if isinstance(pose, list) and isinstance(pose[0], sapien.Pose) and _on_cpu(device):
-        return cls(raw_pose=torch.from_numpy(_rows(pose)))
+    """A batch of poses out of what the simulator or a controller gives."""
+    if isinstance(pose, torch.Tensor):
+        place = row_of(pose, 3) if _on_cpu(device) else None
+        if place is not None:
+            return _pose((*place, ONE, ZERO, ZERO, ZERO))
+    elif _on_cpu(device):
+        one = pose[0] if isinstance(pose, list) and len(pose) == 1 else pose
+        if isinstance(one, sapien.Pose):
+            return cls(raw_pose=torch.from_numpy(_read(one)))
     return _create(cls, pose, device)
 
 
 def compose(self: Pose, other: Pose | sapien.Pose) -> Pose:
     """The pose `other` seen from where `self` is."""
-    a, b = _array(self), _array(other)
+    a, b = _numbers(self), _numbers(other)
     if a is None or b is None:
         return _compose(self, other)
-    turn = _product(a[:, 3:], b[:, 3:])
-    turn = np.where(turn[:, :1] < 0, -turn, turn)
-    place = a[:, :3] + _turned(a[:, 3:], b[:, :3])
-    return Pose(raw_pose=torch.from_numpy(np.concatenate([place, turn], 1)))
+    x, y, z = _turned(a[3:], b[:3])
+    r, i, j, k = _product(a[3:], b[3:])
+    if r < 0:
+        r, i, j, k = -r, -i, -j, -k
+    return _pose((a[0] + x, a[1] + y, a[2] + z, r, i, j, k))
 
 
 def invert(self: Pose) -> Pose:
     """The pose that undoes this one."""
-    own = _array(self)
+    own = _numbers(self)
     if own is None:
         return _invert(self)
-    turn = own[:, 3:] * CONJUGATE
-    return Pose(raw_pose=torch.from_numpy(np.concatenate([_turned(turn, -own[:, :3]), turn], 1)))
+    x, y, z, r, i, j, k = own
+    back = (r, -i, -j, -k)
+    return _pose((*_turned(back, (-x, -y, -z)), *back))
 
 
 def matrix(self: Pose) -> torch.Tensor:
     """Homogeneous matrices [N, 4, 4]."""
-    own = _array(self)
+    own = _numbers(self)
     if own is None:
         return _matrix(self)
-    r, i, j, k = own[:, 3:].T
-    double = np.float32(2) / (own[:, 3:] * own[:, 3:]).sum(-1)
-    out = np.zeros((len(own), 4, 4), np.float32)
-    out[:, 0, 0] = 1 - double * (j * j + k * k)
-    out[:, 0, 1] = double * (i * j - k * r)
-    out[:, 0, 2] = double * (i * k + j * r)
-    out[:, 1, 0] = double * (i * j + k * r)
-    out[:, 1, 1] = 1 - double * (i * i + k * k)
-    out[:, 1, 2] = double * (j * k - i * r)
-    out[:, 2, 0] = double * (i * k - j * r)
-    out[:, 2, 1] = double * (j * k + i * r)
-    out[:, 2, 2] = 1 - double * (i * i + j * j)
-    out[:, :3, 3], out[:, 3, 3] = own[:, :3], 1
-    return torch.from_numpy(out)
+    x, y, z, r, i, j, k = own
+    double = TWO / (r * r + i * i + j * j + k * k)
+    rows = (
+        (ONE - double * (j * j + k * k), double * (i * j - k * r), double * (i * k + j * r), x),
+        (double * (i * j + k * r), ONE - double * (i * i + k * k), double * (j * k - i * r), y),
+        (double * (i * k - j * r), double * (j * k + i * r), ONE - double * (i * i + j * j), z),
+        (ZERO, ZERO, ZERO, ONE),
+    )
+    return torch.from_numpy(np.array(rows, np.float32)[None])
 
 
-def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    parts = a[..., :, None] * (b[..., SECOND] * SIGN)
-    return parts[..., 0, :] + parts[..., 1, :] + parts[..., 2, :] + parts[..., 3, :]
+def _product(a: Numbers, b: Numbers) -> Numbers:
+    (aw, ax, ay, az), (bw, bx, by, bz) = a, b
+    return (
+        aw * bw - ax * bx - ay * by - az * bz,
+        aw * bx + ax * bw + ay * bz - az * by,
+        aw * by - ax * bz + ay * bw + az * bx,
+        aw * bz + ax * by - ay * bx + az * bw,
+    )
 
 
-def _turned(quaternion: np.ndarray, point: np.ndarray) -> np.ndarray:
-    pure = np.zeros((*point.shape[:-1], 4), np.float32)
-    pure[..., 1:] = point
-    return _product(_product(quaternion, pure), quaternion * CONJUGATE)[..., 1:]
+def _turned(quaternion: Numbers, point: Numbers) -> Numbers:
+    r, i, j, k = quaternion
+    return _product(_product(quaternion, (ZERO, *point)), (r, -i, -j, -k))[1:]
 
 
-def _rows(poses: list[sapien.Pose]) -> np.ndarray:
-    rows = np.empty((len(poses), 7), np.float32)
-    for row, pose in zip(rows, poses, strict=True):
-        row[:3], row[3:] = pose.p, pose.q
-    return rows
+def _read(pose: sapien.Pose) -> np.ndarray:
+    row = np.empty((1, 7), np.float32)
+    row[0, :3], row[0, 3:] = pose.p, pose.q
+    return row
 
 
-def _array(pose: Any) -> np.ndarray | None:
-    """Positions and quaternions [N, 7] where they are at hand; None: leave it to ManiSkill."""
+def _pose(numbers: Numbers) -> Pose:
+    return Pose(raw_pose=torch.from_numpy(np.array((numbers,), np.float32)))
+
+
+def _numbers(pose: Any) -> Numbers | None:
+    """Position and quaternion where they are one and at hand; None: leave it to ManiSkill."""
     if isinstance(pose, sapien.Pose):
-        return _rows([pose])
-    if isinstance(pose, Pose) and _plain(pose.raw_pose) and pose.raw_pose.ndim == 2:
-        return pose.raw_pose.numpy()
-    return None
+        return tuple(_read(pose)[0])
+    return row_of(pose.raw_pose, 7) if isinstance(pose, Pose) and pose.raw_pose.ndim == 2 else None
 
 
-def _plain(tensor: torch.Tensor) -> bool:
-    cpu = tensor.device.type == "cpu" and tensor.dtype == torch.float32
-    return cpu and not tensor.requires_grad
+def row_of(tensor: torch.Tensor, length: int) -> Numbers | None:
+    """The numbers of a tensor [..., length] with a single row; None: leave it to ManiSkill."""
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or tensor.requires_grad:
+        return None
+    one = tensor.shape[-1:] == (length,) and tensor.numel() == length
+    return tuple(tensor.numpy().reshape(length)) if one else None
 
 
 def _on_cpu(device: Any) -> bool:
