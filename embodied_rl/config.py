@@ -231,9 +231,9 @@ class RolloutConfig:
     random_steps: int = 0  # first env steps with uniform random actions (from-scratch runs)
     max_trajectory_steps: int = 200  # longer episodes enter replay in pieces of this many decisions
     execute_steps: Optional[int] = None  # actions executed of each chunk; null: as the policy says
-    overlap: bool = (
-        True  # learn while simulators run; false leaves the cores to one, then the other
-    )
+    # learn while simulators run; false leaves the cores to one, then the other. null: true, unless
+    # simulators need every core of a CPU and there is an update for each of their steps (cores.py)
+    overlap: Optional[bool] = None
     # collect in a process of its own while this one learns (docs/asynchronous.md): faster where
     # the policy's inference is much of the work; no two runs are then equal. The next two: for it
     asynchronous: bool = False

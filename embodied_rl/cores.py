@@ -25,10 +25,12 @@ def usable_cores() -> int:
 
 
 def settle(config: Config, device: str, processes: int = 1, cores: int | None = None) -> Config:
-    """Fills in `train.threads` where it is null.
+    """Fills in `train.threads` and `rollout.overlap` where they are null.
 
     Several simulators keep a core each busy, so updates get those that are left. One has little to
-    do between two updates, which then get all of them.
+    do between two updates, which then get all of them. Where simulators leave none, and updates
+    are as many as their steps, both take turns with all cores: an update takes longer than a step,
+    and a second thread saves more than simulating meanwhile (docs/performance.md).
 
     Args:
         config: of the whole run.
@@ -39,11 +41,20 @@ def settle(config: Config, device: str, processes: int = 1, cores: int | None = 
     Returns:
         A copy without a null there.
     """
-    threads = config.train.threads
+    threads, overlap, rollout = config.train.threads, config.rollout.overlap, config.rollout
+    own = (usable_cores() if cores is None else cores) // processes
+    simulators = math.ceil(config.env.num_envs / processes)
+    alone = simulators == 1 and not rollout.asynchronous
+    free = own if alone else own - simulators
+    if overlap is None:
+        steps = config.env.num_envs * rollout.steps
+        busy = free < 1 < own and config.algorithm.update_epoch >= steps
+        apart = device == "cpu" and threads is None and not rollout.asynchronous
+        overlap = not (busy and apart)
     if threads is None:
-        own = (usable_cores() if cores is None else cores) // processes
-        simulators = math.ceil(config.env.num_envs / processes)
-        alone = simulators == 1 and not config.rollout.asynchronous
-        free = own if alone else own - simulators
-        threads = max(1, min(MOST, free)) if device == "cpu" else 1
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, threads=threads))
+        threads = max(1, min(MOST, free if overlap else own)) if device == "cpu" else 1
+    return dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, threads=threads),
+        rollout=dataclasses.replace(rollout, overlap=overlap),
+    )

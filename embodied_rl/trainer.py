@@ -236,7 +236,7 @@ class Trainer:
         started = time.monotonic()
         for s in range(steps):
             self.collector.begin()
-            if not self.config.rollout.overlap:
+            if self.config.rollout.overlap is False:
                 self.collector.wait()
             if self.ranks.all(self.replay.ready):
                 for _ in range((s + 1) * updates // steps - s * updates // steps):

@@ -184,10 +184,10 @@ def _check_together(config: Config) -> None:
                 f"rollout.{key}={value} is for a collecting process of its own, but "
                 f"rollout.asynchronous=false. Set rollout.asynchronous=true, or drop rollout.{key}."
             )
-    if rollout.asynchronous and not rollout.overlap:
+    if rollout.asynchronous and rollout.overlap is False:
         raise UserError(
             "rollout.asynchronous=true collects while this process learns, which rollout.overlap="
-            "false forbids. Drop one of the two."
+            "false forbids. Drop one of the two; rollout.overlap=null leaves it to the run."
         )
     if algorithm.demo.path is not None and algorithm.demo.fraction == 0:
         raise UserError(

@@ -43,10 +43,35 @@ def test_a_collecting_process_needs_a_core():
     assert threads("env.num_envs=1", "rollout.asynchronous=true", cores=2) == 1
 
 
+def overlap(*overrides: str, device: str = "cpu", cores: int = 2):
+    config = load_config(Config, ["env.num_envs=4", "rollout.steps=16", *overrides])[0]
+    config = settle(config, device, 1, cores)
+    return config.rollout.overlap, config.train.threads
+
+
+def test_with_an_update_for_each_step_few_cores_are_shared_by_turns():
+    """An update a step is 64 of them in an iteration; simulators need four cores."""
+    assert overlap("algorithm.update_epoch=64") == (False, 2)
+    assert overlap("algorithm.update_epoch=64", cores=4) == (False, 4)
+    assert overlap("algorithm.update_epoch=63") == (True, 1)
+    assert overlap("algorithm.update_epoch=64", cores=5) == (True, 1)
+    assert overlap("algorithm.update_epoch=64", cores=1) == (True, 1)
+    assert overlap("algorithm.update_epoch=64", device="cuda") == (True, 1)
+    assert overlap("algorithm.update_epoch=64", "rollout.asynchronous=true") == (True, 1)
+    assert overlap("algorithm.update_epoch=16", "env.num_envs=1") == (True, 2)
+
+
+def test_what_the_user_says_about_overlap_stays():
+    assert overlap("algorithm.update_epoch=64", "rollout.overlap=true") == (True, 1)
+    assert overlap("algorithm.update_epoch=64", "train.threads=1") == (True, 1)
+    assert overlap("rollout.overlap=false") == (False, 2)
+    assert overlap("rollout.overlap=false", "train.threads=1") == (False, 1)
+
+
 def test_the_config_itself_is_left_alone():
     config = Config()
     settle(config, "cpu", cores=2)
-    assert config.train.threads is None
+    assert config.train.threads is None and config.rollout.overlap is None
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux")
