@@ -78,7 +78,9 @@ SAC_MAY = {
     "temperature",
     "trained_backbone",
 }
-MANISKILL = {f"envs.maniskill{part}" for part in ("", "_task", "_poses", "_gpu")}
+MANISKILL = {
+    f"envs.maniskill{part}" for part in ("", "_task", "_poses", "_actions", "_contacts", "_gpu")
+}
 CONFINED = {  # third-party module -> where alone it may be imported
     "mani_skill": MANISKILL,
     "sapien": MANISKILL,
