@@ -7,9 +7,9 @@ solver on a GPU. The rest is done by numpy, as in `maniskill_poses`; results are
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
+import mani_skill
 import numpy as np
 import sapien
 import torch
@@ -33,7 +33,7 @@ def install() -> None:
 
     Not in the place of another release's, which may do something else.
     """
-    if version("mani_skill") not in SAME_AS:
+    if mani_skill.__version__ not in SAME_AS:
         return
     gym_utils.clip_and_scale_action = scale
     PDEEPosController.set_action = act  # type: ignore[method-assign]
