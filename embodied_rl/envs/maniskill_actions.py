@@ -20,6 +20,8 @@ from mani_skill.utils import gym_utils
 from mani_skill.utils.structs.articulation import Articulation
 from mani_skill.utils.structs.pose import Pose
 
+from embodied_rl.envs.maniskill_poses import plain
+
 SAME_AS = ("3.0.1",)  # releases of ManiSkill whose controllers these are
 HALF = np.float32(0.5)
 
@@ -44,7 +46,7 @@ def install() -> None:
 
 def scale(action: Any, low: Any, high: Any) -> Any:
     """Actions [..., A] clipped to [-1, 1], which then means `low` to `high`."""
-    if not (_plain(action) and _plain(low) and _plain(high)):
+    if not (plain(action) and plain(low) and plain(high)):
         return _scale(action, low, high)
     least, most = low.numpy(), high.numpy()
     clipped = np.minimum(np.maximum(action.numpy(), -1), 1)
@@ -67,8 +69,8 @@ def act(self: PDEEPosController, action: Any) -> None:
 
 def solve(self: Kinematics, pose: Any, q0: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """Joint positions [1, J] at which the tool is at `pose`; None: the solver found none."""
-    own = isinstance(pose, Pose) and _plain(pose.raw_pose) and pose.raw_pose.shape == (1, 7)
-    if self.use_gpu_ik or not own or not _plain(q0):
+    own = isinstance(pose, Pose) and plain(pose.raw_pose) and pose.raw_pose.shape == (1, 7)
+    if self.use_gpu_ik or not own or not plain(q0):
         return _solve(self, pose, q0, *args, **kwargs)
     place = pose.raw_pose.numpy()[0]
     result, success, _ = self.pmodel.compute_inverse_kinematics(
@@ -86,7 +88,7 @@ def solve(self: Kinematics, pose: Any, q0: torch.Tensor, *args: Any, **kwargs: A
 
 def mimic(self: Any, action: Any) -> None:
     """Sets the targets of a gripper, whose fingers move alike."""
-    if self.scene.gpu_sim_enabled or self.config.use_delta or not _plain(self._target_qpos):
+    if self.scene.gpu_sim_enabled or self.config.use_delta or not plain(self._target_qpos):
         _mimic(self, action)
         return
     action = self._preprocess_action(action)
@@ -101,7 +103,7 @@ def mimic(self: Any, action: Any) -> None:
 
 def drive(self: Articulation, targets: Any, joints: Any = None, joint_indices: Any = None) -> None:
     """Tells the motors of `joints` their targets [1, J]."""
-    if self.scene.gpu_sim_enabled or joints is None or not _plain(targets):
+    if self.scene.gpu_sim_enabled or joints is None or not plain(targets):
         _drive(self, targets, joints, joint_indices)
         return
     for joint, target in zip(joints, targets.numpy().T, strict=True):
@@ -115,9 +117,3 @@ def _set_out(controller: Any) -> None:
         controller._step_size = whole / controller._sim_steps
     else:
         controller.set_drive_targets(controller._target_qpos)
-
-
-def _plain(value: Any) -> bool:
-    if not isinstance(value, torch.Tensor) or value.requires_grad:
-        return False
-    return value.device.type == "cpu" and value.dtype == torch.float32

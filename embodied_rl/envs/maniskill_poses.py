@@ -139,10 +139,15 @@ def _numbers(pose: Any) -> Numbers | None:
 
 def row_of(tensor: torch.Tensor, length: int) -> Numbers | None:
     """The numbers of a tensor [..., length] with a single row; None: leave it to ManiSkill."""
-    if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or tensor.requires_grad:
-        return None
     one = tensor.shape[-1:] == (length,) and tensor.numel() == length
-    return tuple(tensor.numpy().reshape(length)) if one else None
+    return tuple(tensor.numpy().reshape(length)) if one and plain(tensor) else None
+
+
+def plain(value: Any) -> bool:
+    """Whether this is a float32 tensor that numpy can read where it is."""
+    if not isinstance(value, torch.Tensor) or value.requires_grad:
+        return False
+    return value.device.type == "cpu" and value.dtype == torch.float32
 
 
 def _on_cpu(device: Any) -> bool:
